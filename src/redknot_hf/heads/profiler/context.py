@@ -1,0 +1,95 @@
+"""Running a batch in two parts: a context whose keys and values are computed once, and a suffix run many times.
+
+The profiler asks hundreds of questions about the same contexts, so the context's KV is kept and each run costs only the
+suffix. A `ContextCache` records during `prefill` and is read-only afterwards: a suffix run sees context + suffix and
+leaves nothing behind. Gradients flow through the suffix and stop at the context.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..model_shape import text_config
+from .intercept import Handler, intercept
+
+__all__ = ["ContextCache", "prefill", "run_suffix"]
+
+
+class _ContextLayer(DynamicLayer):
+    """Keeps all tokens while recording; afterwards returns context + new tokens and keeps only the context."""
+
+    recording = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.recording:
+            return super().update(key_states, value_states, *args, **kwargs)
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+class ContextCache(Cache):
+    """KV of a batch of contexts, all of the same length.
+
+    Attention layers keep every token, also under a sliding window of the model's own (the handlers apply it). Layers of
+    other kinds (linear attention, convolutions) are copied for every run, because they overwrite their state.
+    """
+
+    def __init__(self, config: Any) -> None:
+        template = DynamicCache(config=text_config(config)).layers
+        plain = (DynamicLayer, DynamicSlidingWindowLayer)
+        super().__init__(layers=[_ContextLayer() if type(layer) in plain else layer for layer in template])
+
+    def freeze(self) -> None:
+        """Stop recording."""
+        for layer in self.layers:
+            if isinstance(layer, _ContextLayer):
+                layer.recording = False
+
+    def for_run(self) -> Cache:
+        """A cache for one suffix run: shares the context's tensors, copies other layers' states."""
+        run = copy.copy(self)
+        run.layers = [layer if isinstance(layer, _ContextLayer) else copy.deepcopy(layer) for layer in self.layers]
+        return run
+
+
+def _keep_one_logit(model: Any) -> dict[str, int]:
+    """Prefill needs no logits, which would be the largest tensor of the whole run."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+@torch.no_grad()
+def prefill(model: Any, context: Tensor, handler: Handler) -> ContextCache:
+    """Compute the KV of a batch of contexts.
+
+    Args:
+        model: the decoder.
+        context: int64 `[batch, tokens]`, no padding.
+        handler: attention of the prefill; `visible_attention` for full attention.
+    """
+    cache = ContextCache(model.config)
+    with intercept(model, handler):
+        model(input_ids=context, past_key_values=cache, use_cache=True, **_keep_one_logit(model))
+    cache.freeze()
+    return cache
+
+
+def run_suffix(model: Any, cache: ContextCache, suffix: Tensor, handler: Handler) -> Tensor:
+    """Logits of a batch of suffixes after their contexts.
+
+    Args:
+        model: the decoder.
+        cache: from `prefill`; unchanged by the run.
+        suffix: int64 `[batch, rows]`. Rows of shorter suffixes are padded on the right: causality keeps them apart.
+        handler: attention of the suffix.
+
+    Returns:
+        `[batch, rows, vocabulary]`.
+    """
+    with intercept(model, handler):
+        return model(input_ids=suffix, past_key_values=cache.for_run(), use_cache=True).logits
