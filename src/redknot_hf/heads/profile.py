@@ -7,6 +7,7 @@ form is in `codec.py` and docs/profile-format.md, foreign formats in `importers.
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 import os
@@ -18,7 +19,7 @@ from typing import Any
 
 from ..errors import ProfileError, shorten
 from .model_shape import config_hash, describe_config, model_shape
-from .selection import MAX_TOKENS, choose_global, integer
+from .selection import MAX_TOKENS, choose_global, integer, select_by_score
 
 __all__ = ["HEAD_CLASSES", "MAX_TOKENS", "HeadProfile"]
 
@@ -167,6 +168,43 @@ class HeadProfile:
         from .plots import save_heatmap
 
         return save_heatmap(self, path)
+
+    def with_budget(self, fraction: float, score: str, sink: int = 4, window: int = 256) -> HeadProfile:
+        """Choose other global heads by a score kept in the profile: the `fraction` of heads that scores highest.
+
+        Args:
+            fraction: share of global heads over the attention layers, 0 to 1.
+            score: key of `metadata["scores"]`; higher must mean more in need of all tokens.
+            sink: for heads that were not local so far; local heads keep theirs.
+            window: same.
+
+        Returns:
+            A new profile without validation figures: those belong to the old map.
+
+        Raises:
+            ProfileError: no such score, a head without one, or a fraction outside [0, 1].
+        """
+        scores = self.metadata.get("scores", {})
+        if score not in scores:
+            raise ProfileError(f"the profile has no score {shorten(score)}; it has {', '.join(scores) or 'none'}")
+        matrix = scores[score]
+        layers = self.attention_layers
+        if any(x is None for l in layers for x in matrix[l]):
+            raise ProfileError(f"the score {shorten(score)} is missing for some heads")
+        chosen = {(layers[i], h) for i, h in select_by_score([matrix[l] for l in layers], fraction=fraction)}
+        held = set(layers)
+        classes = [
+            ["local" if l in held and (l, h) not in chosen else "global" for h in range(self.num_kv_heads)]
+            for l in range(self.num_layers)
+        ]
+        old = [[name == "local" for name in row] for row in self.head_class]
+        sinks = [[s if o else sink for s, o in zip(*rows, strict=True)] for rows in zip(self.sink, old, strict=True)]
+        windows = [
+            [w if o else window for w, o in zip(*rows, strict=True)] for rows in zip(self.window, old, strict=True)
+        ]
+        metadata = {key: value for key, value in copy.deepcopy(self.metadata).items() if key != "validation"}
+        metadata.update(budget=fraction, method=f"{fraction:.4g} of the heads by {score}")
+        return HeadProfile(self.num_layers, self.num_kv_heads, classes, sinks, windows, metadata)
 
     # ---------------------------------------------------------------- asking one
 
