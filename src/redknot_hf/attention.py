@@ -1,0 +1,144 @@
+"""The attention function registered as ``attn_implementation="redknot"``.
+
+A key tensor that a `RedKnotCache` returned carries a handle to the layer that stored it; then attention runs over that
+layer's pages. Any other key tensor gets ordinary attention: sdpa, or the model family's own function where sdpa cannot
+express what the family does (softcap, attention sinks, position bias).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from .errors import UnsupportedModel
+from .masks import RedKnotMask, redknot_mask
+
+NAME = "redknot"
+HANDLE = "_redknot_handle"  # attribute of a key tensor
+
+# keyword arguments with which a family changes the scores or the choice of keys in a way that pages do not follow
+_FOREIGN = ("position_bias", "sinks", "indices", "block_indices", "topk_indices", "head_mask")
+
+
+def redknot_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | RedKnotMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention for one layer, with the signature that transformers calls.
+
+    Args:
+        module: the attention module; its ``scaling`` and ``is_causal`` are used where the arguments are None.
+        query: ``[batch, q_heads, queries, head_dim]``.
+        key, value: ``[batch, kv_heads, keys, head_dim]``, as the cache's ``update`` returned them.
+        attention_mask: what the mask function returned.
+        scaling, sliding_window, softcap, s_aux: as the model family passes them.
+
+    Returns:
+        ``[batch, queries, q_heads, head_dim]``, contiguous, and None (no attention weights).
+
+    Raises:
+        UnsupportedModel: the family changes keys, values or scores in a way that the cache cannot serve.
+    """
+    handle = getattr(key, HANDLE, None)
+    if handle is None:
+        return _ordinary_attention(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling,
+            sliding_window,
+            softcap,
+            s_aux,
+            is_causal,
+            kwargs,
+        )
+    name = type(module).__name__
+    if handle.value is not value:
+        raise UnsupportedModel(
+            f"{name} changes the values between the cache and the attention call, so a RedKnotCache cannot serve it; "
+            "use DynamicCache"
+        )
+    foreign = [word for word in _FOREIGN if kwargs.get(word) is not None]
+    if foreign:
+        raise UnsupportedModel(
+            f"{name} passes {foreign[0]} to attention, which a RedKnotCache does not serve; use DynamicCache"
+        )
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if not causal:
+        raise UnsupportedModel(
+            f"{name} attends in both directions, which a RedKnotCache does not serve; use DynamicCache"
+        )
+    if dropout and module.training:
+        raise UnsupportedModel("a RedKnotCache serves inference only: call model.eval() or train without a cache")
+    if scaling is None:
+        scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+    out = handle.layer.attend(handle, query, attention_mask, float(scaling), sliding_window, softcap, s_aux)
+    return out, None
+
+
+def _ordinary_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | RedKnotMask | None,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    if isinstance(attention_mask, RedKnotMask):  # a layer that a RedKnotCache left to transformers
+        attention_mask = attention_mask.dense()
+    if softcap is None and s_aux is None and kwargs.get("sinks") is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    # sdpa refuses softcap and ignores s_aux without a word; the family's own function does what the family means
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if own is None:
+        raise UnsupportedModel(
+            f"{type(module).__name__} needs softcap or attention sinks and brings no eager attention; load it with "
+            "attn_implementation='eager'"
+        )
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is None and causal and queries > 1:
+        attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[
+            None, None
+        ]
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, lowest)
+    extra = {"softcap": softcap, "s_aux": s_aux, "sliding_window": sliding_window}
+    kwargs = {**kwargs, **{word: given for word, given in extra.items() if given is not None}}
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    out, _ = own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    return out, None
+
+
+def register() -> None:
+    """Make ``"redknot"`` known to transformers as an attention implementation and as a mask. Changes nothing else."""
+    AttentionInterface.register(NAME, redknot_attention_forward)
+    AttentionMaskInterface.register(NAME, redknot_mask)

@@ -1,0 +1,434 @@
+"""RedKnotCache: per-head paged storage behind transformers' Cache interface.
+
+The cache owns the page pools, counts the tokens of the whole model and does for all layers at once what concerns rows
+(beams, selection, forks, crops). What one layer stores and how it attends is in `layer` and `paging`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from . import compat
+from .errors import CacheError, RedKnotError, UnsupportedModel
+from .heads import HeadProfile
+from .layer import Handle, RedKnotLayer, Step, effective_window
+from .memory import MemoryReport
+from .paging.pages import KEEP_ALL, LayerPages
+from .paging.pool import PagePool
+
+logger = logging.getLogger(__name__)
+
+RECORDING_ROLLBACK = 64  # ring slots that assisted decoding gets: more than any default number of drafted tokens
+
+
+class RedKnotCache(Cache):
+    """A cache that keeps, for each KV head, the tokens that head needs.
+
+    Args:
+        config: the model's config; its text decoder decides the layers. Pass ``model.config`` itself, so that the cache
+            sees which attention implementation runs.
+        profile: a `HeadProfile`, or the path, Hub id or name of one. None: the profile shipped for this model if there
+            is one, else all heads global (exact).
+        prefill: ``"windowed"``: local heads see sink and window at once. ``"full"``: in the first forward every head
+            sees the whole prompt and eviction follows; needs a prompt in one piece.
+        page_size: tokens per page, a power of two from 1 to 1024. 16 to 256 differ by 2 % in speed; small ones round up
+            less.
+        max_cache_len: build the static form that holds up to this many tokens, for compiled decoding. None: grow.
+        rollback: tokens that `crop` can take back from local heads after eviction.
+        tp_rank, tp_size: which share of the KV heads this process holds; `for_model` fills them in.
+
+    Raises:
+        RedKnotError: an argument is out of range, or the profile is of another shape than the model.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="redknot")
+        >>> cache = RedKnotCache(model.config, profile="profile.json")
+        >>> model.generate(**inputs, past_key_values=cache)
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        profile: HeadProfile | str | None = None,
+        *,
+        prefill: str = "windowed",
+        page_size: int = 64,
+        max_cache_len: int | None = None,
+        rollback: int = 0,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+    ):
+        if prefill not in ("windowed", "full"):
+            raise RedKnotError(f"prefill={prefill!r}: expected 'windowed' or 'full'")
+        if not isinstance(page_size, int) or not 1 <= page_size <= 1024 or page_size & (page_size - 1):
+            raise RedKnotError(f"page_size={page_size!r}: expected a power of two from 1 to 1024, such as 64")
+        if not isinstance(rollback, int) or isinstance(rollback, bool) or rollback < 0:
+            raise RedKnotError(f"rollback={rollback!r}: expected a number of tokens, 0 or more")
+        if not 0 <= tp_rank < tp_size:
+            raise RedKnotError(f"tp_rank={tp_rank}, tp_size={tp_size}: expected 0 <= tp_rank < tp_size")
+        if not hasattr(config, "get_text_config"):
+            raise RedKnotError(f"config={type(config).__name__}: expected the model's config, e.g. model.config")
+        self.config = compat.text_config(config)
+        self.profile = _resolve_profile(config, profile)
+        self.prefill, self.page_size, self.rollback = prefill, page_size, rollback
+        self.tp_rank, self.tp_size = tp_rank, tp_size
+        self.recording = False
+        self.seen = 0
+        self.padding: list[tuple[int, np.ndarray]] = []  # (first column, bool [batch, columns]) of chunks with padding
+        self.step: Step | None = None
+        self.last_handle: Handle | None = None
+        self._pools: dict[tuple[torch.device, torch.dtype, int, int], PagePool] = {}
+        self._lock = threading.Lock()
+
+        template = DynamicCache(config=self.config).layers
+        if not template:
+            raise UnsupportedModel(f"{type(self.config).__name__} has no layers that keep keys and values")
+        self.defers = compat.shares_kv(self.config, template)
+        super().__init__(layers=[self._layer(index, plain) for index, plain in enumerate(template)])
+
+    @classmethod
+    def for_model(cls, model: Any, profile: HeadProfile | str | None = None, **options: Any) -> RedKnotCache:
+        """A cache for ``model`` as it is loaded: knows its tensor-parallel rank. Options as in the constructor."""
+        rank, size = compat.tensor_parallel(model)
+        return cls(model.config, profile, tp_rank=rank, tp_size=size, **options)
+
+    def _layer(self, index: int, plain: Any) -> Any:
+        """Pages instead of an ordinary attention layer; linear, chunked, indexed and other layers stay what they are."""
+        chunked = _is_chunked(self.config, index)
+        if type(plain) is DynamicLayer:
+            return RedKnotLayer(self, index)
+        if type(plain) is DynamicSlidingWindowLayer and not chunked:
+            return RedKnotLayer(self, index, plain.sliding_window)
+        return plain
+
+    @property
+    def paged_layers(self) -> list[RedKnotLayer]:
+        return [layer for layer in self.layers if isinstance(layer, RedKnotLayer)]
+
+    @property
+    def attention_implementation(self) -> str | None:
+        """What the model runs now: the config is the model's own object."""
+        return getattr(self.config, "_attn_implementation", None)
+
+    # ------------------------------------------------------------------------------------------- for the layers
+    def geometry(self, index: int, heads: int, model_window: int | None) -> tuple[np.ndarray, np.ndarray, int]:
+        """Sinks and windows (int ``[heads]``) of a layer's KV heads, and the model window left for attention.
+
+        Raises:
+            CacheError: the layer has another number of heads than the profile says.
+        """
+        if self.profile is None:
+            sink, window = np.zeros(heads, np.int64), np.full(heads, KEEP_ALL, np.int64)
+        else:
+            of_rank = self.profile.num_kv_heads // self.tp_size
+            if heads != of_rank or self.profile.num_kv_heads % self.tp_size:
+                raise CacheError(
+                    f"layer {index} feeds {heads} KV heads but the profile has {self.profile.num_kv_heads} "
+                    f"(tp_size={self.tp_size}): for a tensor-parallel model build the cache with "
+                    "RedKnotCache.for_model(model, profile)"
+                )
+            mine = slice(self.tp_rank * heads, (self.tp_rank + 1) * heads)
+            local = np.array([kind == "local" for kind in self.profile.head_class[index][mine]])
+            sink = np.where(local, np.array(self.profile.sink[index][mine]), 0)
+            window = np.where(local, np.array(self.profile.window[index][mine]), KEEP_ALL)
+        sink = np.where(window >= KEEP_ALL, 0, sink)
+        return effective_window(sink, window, model_window)
+
+    def pool(self, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> PagePool:
+        key = (device, dtype, key_dim, value_dim)
+        if key not in self._pools:
+            self._pools[key] = PagePool(self.page_size, key_dim, value_dim, dtype, device)
+        return self._pools[key]
+
+    def join_step(self, layer: RedKnotLayer, length: int) -> Step:
+        """The forward that ``layer`` takes part in with ``length`` tokens; its first layer begins it.
+
+        Raises:
+            CacheError: the forward before was interrupted, its keys were not consumed, or another thread is inside.
+        """
+        with self._lock:
+            last = self.last_handle
+            if last is not None and not last.stored and not self.defers:
+                self._refuse_unconsumed(last)
+            if layer.seen == self.seen:
+                self._begin(length, layer)
+            step = self.step
+            if step is None or layer.seen != step.start or step.length != length:
+                raise CacheError(
+                    f"layer {layer.index} holds {layer.seen} tokens and gets {length}, the other layers hold "
+                    f"{self.seen}: an earlier forward was interrupted. Call cache.reset() and feed the prompt again"
+                )
+            if step.thread != threading.get_ident():
+                raise CacheError(
+                    "two threads use one RedKnotCache at the same time: give each its own cache or a fork()"
+                )
+            layer.seen += length
+            return step
+
+    def _begin(self, length: int, layer: RedKnotLayer) -> None:
+        if self.seen:
+            behind = [other.index for other in self.paged_layers if other.seen not in (0, self.seen)]
+            missing = [o.index for o in self.paged_layers if o.seen == 0 and o.is_initialized]
+            if behind or missing or (self.step and self.step.new is None):
+                raise CacheError(
+                    f"the forward before stopped before layer {(behind or missing or [layer.index])[0]}, or another thread "
+                    "is inside it: call cache.reset() and feed the prompt again, or give each thread its own cache"
+                )
+        if self.defers:
+            self.flush()
+        if self.step is not None and self.step.fresh is not None:
+            self.padding.append((self.step.start, self.step.fresh.cpu().numpy()))
+        self.step = Step(self.seen, length, layer.batch_size)
+        self.seen += length
+
+    def _refuse_unconsumed(self, handle: Handle) -> None:
+        layer = handle.layer
+        raise CacheError(
+            f"the keys that layer {layer.index} staged were never attended to: the model does not run "
+            "attn_implementation='redknot' (load it so, or call model.set_attn_implementation('redknot') and build the "
+            "cache from model.config), or its attention changes the keys after the cache, which a RedKnotCache cannot "
+            "serve. Call cache.reset() before using the cache again"
+        )
+
+    def reserve(self, layer: RedKnotLayer, step: Step) -> None:
+        """Grow the pool once for all layers of a forward, so that no memory is moved and no layer fails half way.
+
+        Raises:
+            PoolExhausted: nothing of this forward has been stored then.
+        """
+        if getattr(step, "reserved", None) is None:
+            step.reserved = set()  # type: ignore[attr-defined]
+        assert layer.pages is not None and step.new is not None
+        pool = layer.pages.pool
+        if id(pool) in step.reserved:  # type: ignore[attr-defined]
+            return
+        step.reserved.add(id(pool))  # type: ignore[attr-defined]
+        if step.length == 1 and step.start:
+            return  # a decode step takes pages one by one
+        wanted, alike = 0, layer.pages
+        for other in self.paged_layers:
+            if other.pages is not None and other.pages.pool is pool:
+                wanted += max(0, other.pages.pages_wanted(step.new) - int((other.pages.table > 0).sum()))
+            elif other.pages is None and other.is_sliding == layer.is_sliding and not step.start:
+                sink, window, _ = self.geometry(other.index, layer.num_heads, other.model_window)
+                empty = LayerPages(pool, sink, window, layer.batch_size, layer.rollback, alike.contiguous)
+                wanted += empty.pages_wanted(step.new)
+        if layer.device.type == "cuda" and not step.start:
+            wanted //= max(1, torch.cuda.device_count() if self.tp_size == 1 else 1)
+        pool.reserve(wanted)
+
+    def real_columns(self, batch: int, columns: int) -> np.ndarray:
+        """Which logical columns hold real tokens, bool ``[batch, columns]``."""
+        real = np.ones((batch, columns), bool)
+        chunks = list(self.padding)
+        if self.step is not None and self.step.fresh is not None:
+            chunks.append((self.step.start, self.step.fresh.cpu().numpy()))
+        for start, fresh in chunks:
+            width = min(fresh.shape[1], columns - start)
+            if width > 0:
+                real[:, start : start + width] = fresh[:, :width]
+        return real
+
+    def flush(self) -> None:
+        """Store chunks that were kept back for layers sharing keys."""
+        for layer in self.paged_layers:
+            layer.flush()
+
+    def _settle(self) -> None:
+        """Before the rows are changed from outside: everything stored, no step open."""
+        self.flush()
+        if self.step is not None and self.step.fresh is not None:
+            self.padding.append((self.step.start, self.step.fresh.cpu().numpy()))
+        self.step, self.last_handle = None, None
+
+    # ------------------------------------------------------------------------------- transformers' Cache contract
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Logical tokens fed so far, padding and evicted ones included."""
+        if layer_idx >= len(self.layers):
+            return 0
+        layer = self.layers[layer_idx]
+        return layer.get_seq_length() if isinstance(layer, RedKnotLayer) else super().get_seq_length(layer_idx)
+
+    def reset(self) -> None:
+        """Forget every token; the pages are free again, and their memory is given back unless a fork uses it."""
+        for layer in self.layers:
+            layer.reset()
+        self.seen, self.padding, self.step, self.last_handle = 0, [], None, None
+        self._pools = {key: pool for key, pool in self._pools.items() if pool.num_free < pool.num_pages - 1}
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last ``abs(tokens_to_remove)`` tokens of every row (0 or negative, as transformers passes it).
+
+        Raises:
+            RollbackExceeded: a local head has evicted what would become visible again. Nothing is changed then.
+        """
+        removed = compat.tokens_to_remove(int(tokens_to_remove), self.seen)
+        self._settle()
+        if removed > self.seen:
+            raise CacheError(f"crop({tokens_to_remove}): the cache holds only {self.seen} tokens")
+        if removed:
+            layers = [layer for layer in self.paged_layers if layer.pages is not None]
+            if layers:
+                real = (
+                    self.real_columns(layers[0].batch_size, self.seen)[:, self.seen - removed :].sum(1).astype(np.int64)
+                )
+                for layer in layers:
+                    layer.pages.check_crop(real)  # type: ignore[union-attr]
+                for layer in layers:
+                    layer.pages.crop(real)  # type: ignore[union-attr]
+                    layer.seen -= removed
+            self.seen -= removed
+            self.padding = [
+                (start, fresh[:, : self.seen - start]) for start, fresh in self.padding if start < self.seen
+            ]
+        for other in self.layers:
+            if not isinstance(other, RedKnotLayer):
+                other.crop(-removed)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Rows become ``beam_idx [rows]``; pages are shared, not copied."""
+        self._select(beam_idx, "reorder_cache")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices`` (int64 numbers, or a bool mask)."""
+        self._select(indices, "batch_select_indices")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times, side by side; pages are shared, not copied."""
+        self._settle()
+        for layer in self.paged_layers:
+            if layer.is_initialized:
+                layer.select(np.repeat(np.arange(layer.batch_size), repeats))
+        self.padding = [(start, np.repeat(fresh, repeats, 0)) for start, fresh in self.padding]
+        for other in self.layers:
+            if not isinstance(other, RedKnotLayer):
+                other.batch_repeat_interleave(repeats)
+
+    def _select(self, indices: torch.Tensor, method: str) -> None:
+        self._settle()
+        chosen = torch.as_tensor(indices).cpu().numpy()
+        if chosen.dtype == bool:
+            chosen = np.flatnonzero(chosen)
+        for layer in self.paged_layers:
+            if layer.is_initialized:
+                if len(chosen) and not -layer.batch_size <= chosen.min() <= chosen.max() < layer.batch_size:
+                    raise CacheError(f"{method}: row {int(chosen.max())} of a cache with {layer.batch_size} rows")
+                layer.select(chosen)
+        self.padding = [(start, fresh[chosen]) for start, fresh in self.padding]
+        for other in self.layers:
+            if not isinstance(other, RedKnotLayer):
+                getattr(other, method)(indices)
+
+    def activate_past_recording(self) -> None:
+        """Keep enough to take drafted tokens back: assisted decoding calls this."""
+        self.recording = True
+        for layer in self.layers:
+            if isinstance(layer, RedKnotLayer):
+                layer.set_rollback(max(layer.rollback, RECORDING_ROLLBACK))
+            elif hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
+    # ---------------------------------------------------------------------------------------------- forks, memory
+    def fork(self) -> RedKnotCache:
+        """An independent cache with the same content; pages are shared until one side writes to them."""
+        self._settle()
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.padding, twin._pools, twin._lock = list(self.padding), dict(self._pools), threading.Lock()
+        twin.layers = [
+            layer.fork(twin) if isinstance(layer, RedKnotLayer) else copy.deepcopy(layer) for layer in self.layers
+        ]
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RedKnotCache:
+        memo[id(self)] = twin = self.fork()
+        return twin
+
+    def __copy__(self) -> RedKnotCache:
+        return self.fork()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a RedKnotCache cannot be pickled: use cache.save(path) and RedKnotCache.load(path, config)")
+
+    def __del__(self) -> None:
+        # forks share the pool: a dropped cache must give its pages back to it
+        for layer in self.__dict__.get("layers", ()):
+            if isinstance(layer, RedKnotLayer) and layer.pages is not None:
+                layer.pages.free()
+
+    def __repr__(self) -> str:
+        kinds = "all global" if self.profile is None else repr(self.profile)
+        return f"RedKnotCache({len(self.paged_layers)} paged layers, tokens={self.seen}, profile={kinds})"
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes by allocator, by pages and by tokens; see `MemoryReport`."""
+        self.flush()
+        held: dict[int, tuple[PagePool, list[np.ndarray]]] = {}
+        live_heads: list[list[int]] = []
+        ideal_heads: list[list[int]] = []
+        tables = dense = 0
+        for layer in self.layers:
+            pages = layer.pages if isinstance(layer, RedKnotLayer) else None
+            if pages is None:
+                live_heads.append([])
+                ideal_heads.append([])
+                continue
+            token = pages.pool.page_bytes // pages.pool.page_size
+            held.setdefault(id(pages.pool), (pages.pool, []))[1].append(pages.table[pages.table > 0])
+            live_heads.append(((pages.table > 0).sum((0, 2)) * pages.pool.page_bytes).tolist())
+            ideal_heads.append((pages.stored().sum(0) * token).tolist())
+            tables += pages.table.nbytes
+            dense += pages.batch_size * pages.num_heads * self.seen * token
+        live = sum(len(np.unique(np.concatenate(lists))) * pool.page_bytes for pool, lists in held.values())
+        allocated = sum(pool.allocated_bytes for pool, _ in held.values())
+        return MemoryReport(
+            allocated=allocated + tables,
+            live=live + tables,
+            ideal=sum(map(sum, ideal_heads)),
+            dense=dense,
+            tables=tables,
+            live_per_head=live_heads,
+            ideal_per_head=ideal_heads,
+            hot=live + tables,
+        )
+
+
+def _is_chunked(config: Any, index: int) -> bool:
+    """Chunked attention has its own mask pattern; transformers caches it like a sliding window."""
+    types = getattr(config, "layer_types", None)
+    if types:
+        return types[index] == "chunked_attention"
+    return bool(getattr(config, "attention_chunk_size", None)) and not getattr(config, "sliding_window", None)
+
+
+def _resolve_profile(config: Any, profile: HeadProfile | str | None) -> HeadProfile | None:
+    if profile is None:
+        from .heads import find_shipped
+
+        profile = find_shipped(config)
+        if profile is None:
+            _log_once(f"no head profile is shipped for {type(config).__name__}: all heads are global (exact)")
+            return None
+        _log_once(
+            "using the head profile shipped for this model; pass HeadProfile.all_global(config) for exact results"
+        )
+    elif not isinstance(profile, HeadProfile):
+        profile = HeadProfile.load(profile)
+    profile.validate_for(config)
+    return profile
+
+
+_logged: set[str] = set()
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        logger.info(message)

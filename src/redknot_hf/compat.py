@@ -1,0 +1,51 @@
+"""Every difference between the supported versions of transformers and torch, in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+
+OLDEST_TRANSFORMERS = Version("5.14")
+
+if Version(transformers.__version__).release < OLDEST_TRANSFORMERS.release:
+    raise ImportError(
+        f"redknot-hf needs transformers >= {OLDEST_TRANSFORMERS}, found {transformers.__version__}: "
+        "pip install -U transformers"
+    )
+
+
+def tokens_to_remove(argument: int, length: int) -> int:
+    """What `Cache.crop`'s argument means: negative removes that many tokens; positive (until 5.19) is a target length."""
+    return max(0, length - argument) if argument > 0 else -argument
+
+
+def tensor_parallel(model: Any) -> tuple[int, int]:
+    """(rank, world size) of the tensor-parallel mesh that ``model`` was loaded on; (0, 1) without one."""
+    size = getattr(model, "_tp_size", None) or 1
+    if size == 1:
+        return 0, 1
+    mesh = model._device_mesh
+    names = mesh.mesh_dim_names or ()
+    return (mesh["tp"] if "tp" in names else mesh).get_local_rank(), size
+
+
+def text_config(config: Any) -> Any:
+    """The configuration of the decoder that a cache belongs to."""
+    return config.get_text_config(decoder=True)
+
+
+def shares_kv(config: Any, layers: list[Any]) -> bool:
+    """Whether some layers attend over the keys of an earlier layer instead of their own (gemma3n, gemma4)."""
+    modes = getattr(config, "kv_sharing_modes", None)
+    return bool(
+        getattr(config, "num_kv_shared_layers", 0)
+        or (modes is not None and "reuse" in modes)
+        or any(type(layer).__name__ == "DummyLayer" for layer in layers)
+    )
+
+
+def is_compiling() -> bool:
+    return torch.compiler.is_compiling()

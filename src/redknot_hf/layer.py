@@ -1,0 +1,467 @@
+"""One attention layer of a `RedKnotCache`.
+
+``update`` only stages the new keys and values: which of them are padding is known to the attention function alone. The
+attention function comes back through `RedKnotLayer.attend`, which attends over pages and staged chunk and stores the
+chunk. A `Step` is what the layers of one forward have in common.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from . import compat
+from .attention import HANDLE, NAME
+from .errors import CacheError, UnsupportedModel
+from .masks import CacheLength, RedKnotMask
+from .paging import torch_attention
+from .paging.pages import KEEP_ALL, LayerPages
+from .paging.torch_attention import AttentionSpec
+
+if TYPE_CHECKING:
+    from .cache import RedKnotCache
+
+
+class Step:
+    """One forward through the model.
+
+    Args:
+        start, length: logical tokens (padding counted) before the forward, and fed by it.
+        batch: rows.
+
+    Attributes:
+        new: int64 ``[batch]``, real tokens of each row; None until the first layer has seen the mask.
+        order: int64 ``[batch, length]`` that moves each row's real tokens to the front, or None without padding.
+        pattern: bool ``[batch, 1, length, keys]`` when the mask is not causal.
+        attended: layers that have stored the chunk.
+    """
+
+    def __init__(self, start: int, length: int, batch: int):
+        self.start, self.length, self.batch = start, length, batch
+        self.thread = threading.get_ident()
+        self.new: np.ndarray | None = None
+        self.fresh: torch.Tensor | None = None
+        self.order: torch.Tensor | None = None
+        self.pattern: torch.Tensor | None = None
+
+    def resolve(self, mask: Any, lens: np.ndarray) -> None:
+        """Take padding and pattern from the mask; the first layer of the forward calls this, the others share it.
+
+        Raises:
+            CacheError: the padding does not fit the tokens that are stored.
+            UnsupportedModel: the mask has a pattern that the stored past cannot follow.
+        """
+        if self.new is not None:
+            return
+        everything = np.full(self.batch, self.length, np.int64)
+        if mask is None:
+            self.new = everything
+            return
+        if not isinstance(mask, RedKnotMask):
+            if self.start:
+                raise UnsupportedModel(
+                    f"a mask of type {type(mask).__name__} over a RedKnotCache that already holds {self.start} tokens: pass "
+                    "a 2D padding mask, or use DynamicCache"
+                )
+            self.pattern = mask if mask.dtype == torch.bool else mask >= 0
+            self.new = everything
+            return
+        if not mask.is_causal:
+            if self.start:
+                raise UnsupportedModel(
+                    "this mask is not causal (packed sequences, a prefix or image blocks) and the cache already holds "
+                    f"{self.start} tokens; feed such a prompt in one piece, or use DynamicCache"
+                )
+            self.pattern = mask.dense()
+        padding = mask.padding
+        if padding is None:
+            self.new = everything
+            return
+        columns = self.start + self.length
+        if padding.shape[1] < columns:
+            raise CacheError(
+                f"attention_mask has {padding.shape[1]} columns but the cache holds {self.start} tokens and {self.length} "
+                f"more come: pass a mask of {columns} columns, for the past and the new tokens"
+            )
+        real = padding[:, :columns].cpu().numpy()
+        if (real[:, : self.start].sum(1) != lens).any():
+            raise CacheError(
+                "attention_mask disagrees with what the cache holds: it marks "
+                f"{real[:, : self.start].sum(1).tolist()} past tokens per row as real, {lens.tolist()} are stored. The "
+                "mask of past tokens must not change between calls"
+            )
+        fresh = real[:, self.start :]
+        self.new = fresh.sum(1).astype(np.int64)
+        if not fresh.all():
+            self.fresh = torch.from_numpy(fresh.copy()).to(padding.device)
+            self.order = torch.argsort(~self.fresh, dim=1, stable=True)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Request position of every column of a first chunk, int64 ``[batch, length]``."""
+        if self.fresh is None:
+            return np.broadcast_to(np.arange(self.length), (self.batch, self.length))
+        return np.maximum(self.fresh.cpu().numpy().cumsum(1) - 1, 0)
+
+    def compact(self, x: torch.Tensor) -> torch.Tensor:
+        """``[batch, heads, length, dim]`` with each row's real tokens first and zeros behind them."""
+        if self.order is None:
+            return x
+        moved = x.gather(2, self.order[:, None, :, None].expand_as(x))
+        behind = self.fresh.gather(1, self.order)[:, None, :, None]  # type: ignore[union-attr]
+        return moved.masked_fill(~behind, 0)
+
+    def expand(self, out: torch.Tensor) -> torch.Tensor:
+        """The inverse of `compact` for ``[batch, length, heads, dim]``; padding rows are zero."""
+        if self.order is None:
+            return out
+        back = torch.argsort(self.order, dim=1)[:, :, None, None].expand_as(out)
+        return out.gather(1, back).masked_fill(~self.fresh[:, :, None, None], 0)  # type: ignore[index]
+
+
+class Handle:
+    """What a returned key tensor carries to the attention function: the staged chunk of one layer in one forward."""
+
+    __slots__ = ("__weakref__", "_value", "k", "layer", "step", "stored", "v")
+
+    def __init__(self, layer: RedKnotLayer, step: Step, k: torch.Tensor, v: torch.Tensor):
+        self.layer, self.step, self.stored = layer, step, False
+        self.k: torch.Tensor | None = k
+        self.v: torch.Tensor | None = v
+        self._value = weakref.ref(v)
+
+    @property
+    def value(self) -> torch.Tensor | None:
+        return self._value()
+
+    def release(self) -> None:
+        """The chunk is in the pages: drop it, and with it the cycle from the key tensor to itself."""
+        self.stored, self.k, self.v = True, None, None
+
+
+class _NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise CacheError(
+            "a RedKnotCache stores keys and values without their gradients: train without a cache (use_cache=False)"
+        )
+
+
+class RedKnotLayer(CacheLayerMixin):
+    """Pages of one attention layer, with the interface of a transformers cache layer.
+
+    Args:
+        cache: the cache it belongs to.
+        index: layer index.
+        model_window: the model's own sliding window in this layer (tokens), or None.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, cache: RedKnotCache, index: int, model_window: int | None = None):
+        super().__init__()
+        self.cache, self.index, self.model_window = cache, index, model_window
+        self.is_sliding = model_window is not None
+        self.seen = 0
+        self.rollback = cache.rollback
+        self.pages: LayerPages | None = None
+        self.pending: Handle | None = None
+
+    def __repr__(self) -> str:
+        return f"RedKnotLayer({self.index}, tokens={self.seen})"
+
+    # ---------------------------------------------------------------------------------------- what transformers calls
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take batch size, head count, dtype and device from the first keys ``[batch, kv_heads, n, dim]``."""
+        heads = key_states.shape[1]
+        self.sink, self.window, self.extra_window = self.cache.geometry(self.index, heads, self.model_window)
+        self.batch_size, self.num_heads = key_states.shape[0], heads
+        self.key_dim, self.value_dim = key_states.shape[3], value_states.shape[3]
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stage a chunk; the attention function stores it.
+
+        Args:
+            key_states, value_states: ``[batch, kv_heads, n, dim]``, keys after RoPE.
+
+        Returns:
+            Key and value tensors for the attention function, the key carrying the handle to this layer.
+
+        Raises:
+            CacheError: another batch size, head count or dtype than before, an interrupted forward, another thread.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        elif key_states.shape[0] != self.batch_size:
+            raise CacheError(
+                f"this cache holds {self.batch_size} row(s) but {key_states.shape[0]} are fed. Before beam search on a "
+                "prefilled cache call cache.batch_repeat_interleave(num_beams); for another prompt call cache.reset()"
+            )
+        elif key_states.shape[1:4:2] != (self.num_heads, self.key_dim) or key_states.dtype != self.dtype:
+            raise CacheError(
+                f"layer {self.index} stores {self.num_heads} KV heads of {self.key_dim} channels in {self.dtype}, but "
+                f"{key_states.shape[1]} of {key_states.shape[3]} in {key_states.dtype} are fed: a cache serves one model; "
+                "make another one"
+            )
+        implementation = self.cache.attention_implementation
+        if implementation not in (None, NAME):
+            return self._update_dense(key_states, value_states, implementation)
+        step = self.cache.join_step(self, key_states.shape[2])
+        # a view carries the handle, so that a caller's own tensor is left alone
+        keys, values = key_states.detach(), value_states.detach()
+        handle = Handle(self, step, keys, values)
+        self.pending = handle
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            keys, values = _NoBackward.apply(key_states), _NoBackward.apply(value_states)
+            handle._value = weakref.ref(values)
+        setattr(keys, HANDLE, handle)
+        self.cache.last_handle = handle
+        return keys, values
+
+    def _update_dense(self, k: torch.Tensor, v: torch.Tensor, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Another attention implementation runs: give it plain tensors while nothing is evicted."""
+        total = self.seen + k.shape[2]
+        shortest = int((self.sink.astype(np.int64) + self.window).min())
+        if total > shortest:
+            raise CacheError(
+                f"the model runs attn_implementation={implementation!r}, which sees every token, but a head of layer "
+                f"{self.index} keeps only {shortest} of {total} tokens. Call model.set_attn_implementation('{NAME}') or load "
+                f"the model with attn_implementation='{NAME}'"
+            )
+        step = self.cache.join_step(self, k.shape[2])
+        step.resolve(None, np.zeros(step.batch, np.int64))
+        pages = self._ready(step)
+        pages.write(k.detach(), v.detach(), step.new)  # type: ignore[arg-type]
+        pages.advance(step.new)  # type: ignore[arg-type]
+        return self.dense()
+
+    def attend(
+        self,
+        handle: Handle,
+        query: torch.Tensor,
+        mask: Any,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        s_aux: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of ``query [batch, q_heads, n, dim]`` over pages and staged chunk -> ``[batch, n, q_heads, dim]``."""
+        step = handle.step
+        if sliding_window is not None and sliding_window != self.model_window:
+            self._adopt_window(sliding_window)
+        step.resolve(mask, self.pages.lens if self.pages is not None else np.zeros(step.batch, np.int64))
+        assert step.new is not None
+        spec = AttentionSpec(scale, softcap or 0.0, s_aux, self.extra_window)
+        single = step.length == 1 and step.order is None
+        if handle.stored and not single:
+            raise UnsupportedModel(
+                f"layer {self.index}: the attention function ran twice over one chunk, which a RedKnotCache does not serve; "
+                "use DynamicCache"
+            )
+        if not handle.stored:
+            pages = self._ready(step)
+        else:
+            pages = self.pages  # type: ignore[assignment]
+        plain_query = query.detach()
+        if single:
+            if not handle.stored:
+                pages.write(handle.k, handle.v, step.new)  # type: ignore[arg-type]
+                pages.advance(step.new)
+                self._stored(handle)
+            out = torch_attention.decode(pages, plain_query, spec)
+        else:
+            k, v = step.compact(handle.k), step.compact(handle.v)  # type: ignore[arg-type]
+            if step.pattern is not None:
+                out = torch_attention.masked(
+                    pages,
+                    plain_query,
+                    handle.k,
+                    handle.v,
+                    step.pattern,
+                    step.positions,
+                    spec,  # type: ignore[arg-type]
+                )
+                commit = not self.cache.defers
+                if commit:
+                    pages.write(k, v, step.new)
+                    pages.advance(step.new)
+            else:
+                unwindowed = self.cache.prefill == "full" and step.start == 0
+                commit = not self.cache.defers
+                out = torch_attention.prefill(
+                    pages, step.compact(plain_query), k, v, step.new, spec, unwindowed, commit
+                )
+                out = step.expand(out)
+            if commit:
+                self._stored(handle)
+        return _NoBackward.apply(out) if torch.is_grad_enabled() and query.requires_grad else out
+
+    def _ready(self, step: Step) -> LayerPages:
+        """The page tables, with room for the step's tokens."""
+        if self.pages is None:
+            pool = self.cache.pool(self.device, self.dtype, self.key_dim, self.value_dim)
+            self.pages = LayerPages(
+                pool, self.sink, self.window, self.batch_size, self.rollback, contiguous=self.device.type == "cpu"
+            )
+        self.cache.reserve(self, step)
+        if self.cache.recording and 1 < step.length <= 256:
+            self.set_rollback(max(self.rollback, step.length))
+        self.pages.prepare(step.new)  # type: ignore[arg-type]
+        return self.pages
+
+    def _stored(self, handle: Handle) -> None:
+        handle.release()
+        self.pending = None
+
+    def _adopt_window(self, window: int) -> None:
+        """The family passes a sliding window to attention that its cache layer type does not show."""
+        if self.pages is not None:
+            raise UnsupportedModel(
+                f"layer {self.index} was called with sliding_window={window} after {self.model_window}; use DynamicCache"
+            )
+        self.model_window = window
+        self.sink, self.window, self.extra_window = self.cache.geometry(self.index, self.num_heads, window)
+
+    def flush(self) -> None:
+        """Store a chunk that was kept back for layers which attend over this layer's keys."""
+        handle, self.pending = self.pending, None
+        if handle is None or handle.stored or handle.step.new is None or self.pages is None:
+            return
+        step = handle.step
+        self.pages.write(step.compact(handle.k), step.compact(handle.v), step.new)  # type: ignore[arg-type]
+        self.pages.advance(step.new)  # type: ignore[arg-type]
+        handle.release()
+
+    # -------------------------------------------------------------------------------------------------- lengths
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        length = self.seen + query_length
+        if compat.is_compiling():
+            return length, 0
+        return CacheLength.of(length, self.pages is not None and bool(self.pages.lens.all())), 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    # ------------------------------------------------------------------------------------------ what the cache calls
+    def reset(self) -> None:
+        if self.pages is not None:
+            self.pages.free()
+        self.pages, self.pending, self.seen = None, None, 0
+        if self.is_initialized:
+            self.is_initialized = False
+            del self.batch_size
+
+    def set_rollback(self, rollback: int) -> None:
+        self.rollback = rollback
+        if self.pages is not None:
+            self.pages.set_rollback(rollback)
+
+    def select(self, indices: np.ndarray) -> None:
+        if self.pages is not None:
+            self.pages.select(indices)
+        if self.is_initialized:
+            self.batch_size = len(indices)
+
+    def fork(self, cache: RedKnotCache) -> RedKnotLayer:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.cache, twin.pending = cache, None
+        twin.pages = self.pages.fork() if self.pages is not None else None
+        return twin
+
+    # the base class's own batch, crop and reorder methods work on dense tensors; RedKnotCache handles these for all layers
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.select(beam_idx.cpu().numpy())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise CacheError("crop a RedKnotCache as a whole: cache.crop(n)")
+
+    def offload(self) -> None:
+        raise CacheError("offload a RedKnotCache as a whole: cache.offload()")
+
+    prefetch = offload
+
+    # ------------------------------------------------------------------------------------------------ dense views
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of keys and values as ``[batch, kv_heads, seen, dim]``; evicted tokens and padding are zero."""
+        assert self.pages is not None
+        pages = self.pages
+        column = np.arange(self.seen)
+        real = self.cache.real_columns(self.batch_size, self.seen)
+        position = np.cumsum(real, 1) - 1
+        keep = real[:, None] & (
+            (position[:, None] < pages.sink[:, None]) | (position[:, None] >= pages.oldest[..., None])
+        )
+        keep &= position[:, None] < pages.lens[:, None, None]
+        k, v = pages.gather(np.maximum(position, 0), np.arange(self.num_heads))
+        gone = torch.from_numpy(~keep[:, :, : len(column)]).to(k.device)[..., None]
+        return k.masked_fill_(gone, 0), v.masked_fill_(gone, 0)
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """A dense copy of the keys, ``[batch, kv_heads, seen, dim]``, for tools that look inside; None when empty."""
+        return self._dense_half(0)
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """A dense copy of the values, like `keys`."""
+        return self._dense_half(1)
+
+    @keys.setter
+    def keys(self, given: Any) -> None:
+        self._refuse_tensor(given)
+
+    @values.setter
+    def values(self, given: Any) -> None:
+        self._refuse_tensor(given)
+
+    def _dense_half(self, half: int) -> torch.Tensor | None:
+        self.flush()
+        return None if self.pages is None else self.dense()[half]
+
+    @staticmethod
+    def _refuse_tensor(given: Any) -> None:
+        if given is not None:
+            raise CacheError("keys and values of a RedKnotCache live in pages; feed them with update()")
+
+
+def effective_window(
+    sink: np.ndarray, window: np.ndarray, model_window: int | None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Intersect heads with the model's own sliding window.
+
+    Args:
+        sink, window: int ``[kv_heads]``, ``KEEP_ALL`` for heads that keep everything.
+
+    Returns:
+        The sinks and windows to store, and the model window that attention still has to apply (0 if storage says it all).
+    """
+    if model_window is None:
+        return sink, window, 0
+    inside = window < model_window
+    sink, window = np.where(inside, sink, 0), np.where(inside, window, model_window)
+    return sink, window, model_window if (inside & (sink > 0)).any() else 0
+
+
+__all__ = ["KEEP_ALL", "Handle", "RedKnotLayer", "Step", "effective_window"]

@@ -1,0 +1,421 @@
+"""Which page holds which token: the page tables of one attention layer.
+
+Every (row, KV head) has its own list of pages. A head that keeps everything stores position ``p`` in slot ``p``. A local
+head keeps its ``sink`` first tokens and a ring of ``ring = window + rollback`` recent ones:
+
+    slot(p) = p                                   while p < sink + ring
+    slot(p) = sink + (p - sink) % ring            afterwards
+
+Slot and position determine each other, so no positions are stored. Positions count real tokens only: padding is never
+stored. This module does host-side bookkeeping (numpy) and moves rows of memory; it knows nothing of attention.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..errors import RollbackExceeded
+from .pool import PagePool
+
+KEEP_ALL = 1 << 30  # window and ring length of a head that keeps every token
+ROOM_FOR_GROWTH = 8  # a contiguous run gets one spare page per eight
+
+
+class LayerPages:
+    """The page tables of one layer.
+
+    Args:
+        pool: where the pages come from; it may serve many layers and caches.
+        sink, window: int32 ``[kv_heads]``; ``window == KEEP_ALL`` for heads that keep everything.
+        batch_size: rows.
+        rollback: extra ring slots, so that up to this many tokens can be cropped after eviction.
+        contiguous: lay the pages of heads that keep everything side by side, so that the torch path reads them as
+            views. The Triton kernels do not need it.
+
+    Attributes:
+        table: int32 ``[batch, kv_heads, max_pages]``, zero where a head has no page.
+        lens: int64 ``[batch]``, tokens stored so far (evicted ones included): the next token's position.
+        ring: int32 ``[kv_heads]``.
+        oldest: int64 ``[batch, kv_heads]``, the first position behind the sinks that has not been overwritten.
+        shared: whether another table may hold some of these pages.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        sink: np.ndarray,
+        window: np.ndarray,
+        batch_size: int,
+        rollback: int = 0,
+        contiguous: bool = True,
+    ):
+        self.pool, self.sink, self.window = pool, sink.astype(np.int32), window.astype(np.int32)
+        self.rollback, self.contiguous = rollback, contiguous
+        self.ring = np.where(window >= KEEP_ALL, KEEP_ALL, window + rollback).astype(np.int32)
+        self.full_heads = np.flatnonzero(self.window >= KEEP_ALL)
+        self.ring_heads = np.flatnonzero(self.window < KEEP_ALL)
+        self.table = np.zeros((batch_size, len(sink), 1), np.int32)
+        self.lens = np.zeros(batch_size, np.int64)
+        self.oldest = np.broadcast_to(self.sink.astype(np.int64), (batch_size, len(sink))).copy()
+        self.shared = False
+        self._changed()
+
+    # ------------------------------------------------------------------------------------------------- geometry
+    @property
+    def batch_size(self) -> int:
+        return len(self.lens)
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.sink)
+
+    def stored(self, lens: np.ndarray | None = None) -> np.ndarray:
+        """Slots in use after ``lens`` tokens, int64 ``[batch, kv_heads]``."""
+        lens = self.lens if lens is None else lens
+        return np.minimum(lens[:, None], self.sink.astype(np.int64) + self.ring)
+
+    def pages_for(self, lens: np.ndarray) -> np.ndarray:
+        """Pages in use after ``lens`` tokens, int64 ``[batch, kv_heads]``."""
+        return -(-self.stored(lens) // self.pool.page_size)
+
+    def slots(self, positions: np.ndarray, heads: np.ndarray) -> np.ndarray:
+        """Slot of every position. positions ``[batch, n]`` (or ``[n]``); heads ``[h]`` -> int64 ``[batch, h, n]``."""
+        positions = np.atleast_2d(positions)[:, None]
+        sink, ring = self.sink[heads][:, None].astype(np.int64), self.ring[heads][:, None].astype(np.int64)
+        return np.where(positions < sink + ring, positions, sink + (positions - sink) % ring)
+
+    def rows(self, positions: np.ndarray, heads: np.ndarray) -> np.ndarray:
+        """Row of every position in the flattened slab ``[num_pages * page_size, dim]``; int64 ``[batch, h, n]``.
+
+        Positions that are not stored give some row in bounds: mask them.
+        """
+        slot = np.maximum(self.slots(positions, heads), 0)
+        index = np.minimum(slot // self.pool.page_size, self.table.shape[2] - 1)
+        batch = np.arange(self.batch_size)[:, None, None]
+        return self.table[batch, heads[None, :, None], index].astype(np.int64) * self.pool.page_size + (
+            slot % self.pool.page_size
+        )
+
+    # ---------------------------------------------------------------------------------------------------- grow
+    def pages_wanted(self, new: np.ndarray) -> int:
+        """Upper bound of the pages that ``prepare(new)`` takes on an empty table, spare room of runs included."""
+        need = self.pages_for(self.lens + new)
+        wanted = int(need[:, self.ring_heads].sum())
+        if len(self.full_heads):
+            longest = int(need[:, self.full_heads].max())
+            wanted += self.batch_size * len(self.full_heads) * self._stride(longest)
+        return wanted
+
+    def prepare(self, new: np.ndarray) -> None:
+        """Give every head the pages for ``new`` (int64 ``[batch]``) more tokens, each page held by this table alone.
+
+        Raises:
+            PoolExhausted: the pool has too few pages; nothing has changed then that a later call could notice.
+        """
+        most = int(new.max(initial=0))
+        if not self.shared and most <= self._room:
+            self._room -= most
+            return
+        total = self.lens + new
+        have, need = self.pages_for(self.lens), self.pages_for(total)
+        if (need > have).any():
+            self._grow(have, need)
+        if self.shared:
+            self._unshare(new)
+        free_slots = need * self.pool.page_size - self.stored(total)
+        free_slots = np.where(self.stored(total) >= self.sink.astype(np.int64) + self.ring, KEEP_ALL, free_slots)
+        self._room = int(free_slots.min())
+
+    def _grow(self, have: np.ndarray, need: np.ndarray) -> None:
+        if need.max() > self.table.shape[2]:
+            wider = np.zeros((*self.table.shape[:2], int(need.max())), np.int32)
+            wider[:, :, : self.table.shape[2]] = self.table
+            self.table = wider
+        full, ring = self.full_heads, self.ring_heads
+        runs = self.contiguous and not self.shared and len(full) > 0
+        if runs and (need[:, full] > have[:, full]).any():
+            self._grow_runs(have[:, full], need[:, full])
+        heads = ring if runs else np.arange(self.num_heads)
+        column = np.arange(self.table.shape[2])
+        missing = (column >= have[:, heads, None]) & (column < need[:, heads, None])
+        part = self.table[:, heads]
+        part[missing] = self.pool.alloc(int(missing.sum()))
+        self.table[:, heads] = part
+        self._changed()
+
+    def _grow_runs(self, have: np.ndarray, need: np.ndarray) -> None:
+        """Extend the runs of the heads that keep everything, in place where the next pages are free."""
+        full, batch = self.full_heads, self.batch_size
+        part = self.table[:, full]
+        if have.all():
+            column = np.arange(part.shape[2])
+            missing = (column >= have[..., None]) & (column < need[..., None])
+            last = np.take_along_axis(part, have[..., None] - 1, axis=2)
+            wanted = (last + 1 + column - have[..., None])[missing]
+            if self.pool.alloc_exact(wanted):
+                part[missing] = wanted
+                self.table[:, full] = part
+                return
+        longest = int(need.max())
+        pages = self.pool.alloc_runs(batch * len(full), longest, self._stride(longest))
+        pages = pages.reshape(batch, len(full), longest)
+        column = np.arange(longest)
+        self.pool.release(pages[column >= need[..., None]])  # rows of a ragged batch are not all that long
+        moved = (column < have[..., None]) & (part[:, :, :longest] > 0)
+        if moved.any():
+            self.pool.copy(part[:, :, :longest][moved], pages[moved])
+            self.pool.release(part[:, :, :longest][moved])
+        part[:] = 0
+        part[:, :, :longest] = np.where(column < need[..., None], pages, 0)
+        self.table[:, full] = part
+
+    def _stride(self, pages: int) -> int:
+        return pages + max(2, -(-pages // ROOM_FOR_GROWTH)) if self.contiguous else pages
+
+    def _unshare(self, new: np.ndarray) -> None:
+        """Copy on write: replace every page that the next ``new`` tokens are written to and that others hold too."""
+        touched = np.zeros(self.table.shape, bool)
+        heads = np.arange(self.num_heads)
+        for row in np.flatnonzero(new > 0):
+            first = max(int(self.lens[row]), int(self.lens[row] + new[row]) - int(self.ring.max(initial=0)))
+            positions = np.arange(first, int(self.lens[row] + new[row]))
+            head_sinks = np.arange(int(self.lens[row]), min(int(self.sink.max(initial=0)), first))
+            slot = self.slots(np.concatenate([head_sinks, positions]), heads)[0] // self.pool.page_size
+            np.put_along_axis(touched[row], slot, True, axis=1)
+        with self.pool.lock:
+            copied = touched & (self.table > 0) & (self.pool.refs[self.table] > 1)
+            if copied.any():
+                fresh = self.pool.alloc(int(copied.sum()))
+                self.pool.copy(self.table[copied], fresh)
+                self.pool.release(self.table[copied])
+                self.table[copied] = fresh
+                self._changed()
+
+    def advance(self, new: np.ndarray) -> None:
+        """Count ``new`` (int64 ``[batch]``) written tokens."""
+        self.lens = self.lens + new
+        self.oldest = np.maximum(self.oldest, self.lens[:, None] - self.ring)
+
+    # -------------------------------------------------------------------------------------------- write and read
+    def write(self, k: torch.Tensor, v: torch.Tensor, new: np.ndarray) -> None:
+        """Store a chunk after ``prepare(new)`` and before ``advance(new)``.
+
+        Args:
+            k, v: ``[batch, kv_heads, n, dim]``; row ``b`` holds ``new[b]`` real tokens in its first columns.
+        """
+        with self.pool.lock:
+            if k.shape[2] == 1 and new.all():
+                every = np.arange(self.num_heads)
+                self._scatter(self.rows(self.lens[:, None], every), k, v)
+                return
+            total = self.lens + new
+            if len(self.full_heads):
+                self._write_full(k, v, new)
+            if len(self.ring_heads):
+                heads = self.ring_heads
+                last_sink, longest = int(self.sink[heads].max()), int(self.ring[heads].max())
+                # only what survives the chunk is written: the sinks and the last `ring` tokens
+                start, end = int(self.lens.min()), int(total.max())
+                tail = max(start, last_sink, int(total.min()) - longest)
+                positions = np.concatenate([np.arange(start, min(last_sink, end)), np.arange(tail, end)])
+                here = (positions >= self.lens[:, None]) & (positions < total[:, None])
+                sink, ring = self.sink[heads][:, None], self.ring[heads][:, None]
+                survives = (positions < sink)[None] | (positions >= total[:, None, None] - ring)
+                self._scatter_chunk(k, v, heads, positions, here[:, None] & survives)
+
+    def _write_full(self, k: torch.Tensor, v: torch.Tensor, new: np.ndarray) -> None:
+        heads, start = self.full_heads, int(self.lens[0])
+        views = self.full_views() if (new == new[0]).all() and (self.lens == start).all() else None
+        if views is not None and start + k.shape[2] <= views[0].shape[2]:
+            whole = len(heads) == self.num_heads
+            for view, chunk in zip(views, (k, v), strict=True):
+                view[:, :, start : start + k.shape[2]] = chunk if whole else chunk[:, torch.from_numpy(heads)]
+            return
+        start, end = int(self.lens.min()), int((self.lens + new).max())
+        positions = np.arange(start, end)
+        here = (positions >= self.lens[:, None]) & (positions < (self.lens + new)[:, None])
+        self._scatter_chunk(k, v, heads, positions, np.repeat(here[:, None], len(heads), axis=1))
+
+    def _scatter_chunk(
+        self, k: torch.Tensor, v: torch.Tensor, heads: np.ndarray, positions: np.ndarray, keep: np.ndarray
+    ) -> None:
+        """Write the kept (row, head, position) triples; column = position - lens of the row."""
+        batch, head, column = np.nonzero(keep)
+        rows = self.rows(np.broadcast_to(positions, (self.batch_size, len(positions))), heads)[keep]
+        source = (
+            torch.from_numpy(batch),
+            torch.from_numpy(heads[head]),
+            torch.from_numpy(positions[column] - self.lens[batch]),
+        )
+        index = torch.from_numpy(rows).to(self.pool.k.device)
+        for slab, chunk in ((self.pool.k, k), (self.pool.v, v)):
+            slab.view(-1, slab.shape[2]).index_copy_(0, index, chunk[source].to(slab.dtype))
+
+    def _scatter(self, rows: np.ndarray, k: torch.Tensor, v: torch.Tensor) -> None:
+        index = torch.from_numpy(rows.ravel()).to(self.pool.k.device)
+        for slab, chunk in ((self.pool.k, k), (self.pool.v, v)):
+            slab.view(-1, slab.shape[2]).index_copy_(0, index, chunk.reshape(-1, slab.shape[2]).to(slab.dtype))
+
+    def gather(self, positions: np.ndarray, heads: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values at ``positions`` (``[batch, n]``) of ``heads``: two ``[batch, h, n, dim]`` copies."""
+        rows = self.rows(positions, heads)
+        index = torch.from_numpy(rows.ravel()).to(self.pool.k.device)
+        shape = (*rows.shape, -1)
+        return (
+            self.pool.k.view(-1, self.pool.k.shape[2]).index_select(0, index).view(shape),
+            self.pool.v.view(-1, self.pool.v.shape[2]).index_select(0, index).view(shape),
+        )
+
+    def ring_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All slots of the local heads: two ``[batch, h, slots, dim]`` copies, ``slots`` a multiple of the page size.
+
+        Slot ``s`` of a head is real if ``s < stored()``; the rest is finite (zero or old) and must be masked.
+        """
+        pages = int(self.pages_for(self.lens)[:, self.ring_heads].max(initial=0))
+        if self._ring_index is None or self._ring_index[0] != pages:
+            index = torch.from_numpy(self.table[:, self.ring_heads, :pages].astype(np.int64).ravel())
+            self._ring_index = (pages, index.to(self.pool.k.device))
+        shape = (self.batch_size, len(self.ring_heads), pages * self.pool.page_size, -1)
+        index = self._ring_index[1]
+        return self.pool.k.index_select(0, index).view(shape), self.pool.v.index_select(0, index).view(shape)
+
+    def full_views(self, row: int | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The heads that keep everything as two views ``[batch, h, slots, dim]`` without copying, if their pages allow.
+
+        ``None`` when the runs are not equally spaced or (with ``row=None``) rows have different lengths: slots behind
+        the end of a shorter row may belong to somebody else. With ``row`` the views cover that row alone.
+        """
+        rows = slice(None) if row is None else slice(row, row + 1)
+        key = -1 if row is None else row
+        if key not in self._runs:
+            self._runs[key] = self._find_runs(rows)
+        found = self._runs[key]
+        if found is None:
+            return None
+        first, stride, pages = found
+        batch = self.batch_size if row is None else 1
+        heads, size = len(self.full_heads), self.pool.page_size
+        views = []
+        for slab in (self.pool.k, self.pool.v):
+            dim = slab.shape[2]
+            step = stride * size * dim
+            views.append(
+                slab.as_strided((batch, heads, pages * size, dim), (heads * step, step, dim, 1), first * size * dim)
+            )
+        return views[0], views[1]
+
+    def _find_runs(self, rows: slice) -> tuple[int, int, int] | None:
+        part = self.table[rows][:, self.full_heads]
+        counts = (part > 0).sum(2)
+        pages = int(counts.max(initial=0))
+        if pages == 0 or (counts != pages).any():
+            return None
+        part = part[:, :, :pages].reshape(-1, pages).astype(np.int64)
+        if (np.diff(part, axis=1) != 1).any():
+            return None
+        steps = np.diff(part[:, 0])
+        if len(steps) and ((steps != steps[0]).any() or steps[0] <= 0):
+            return None
+        return int(part[0, 0]), int(steps[0]) if len(steps) else pages, pages
+
+    def _changed(self) -> None:
+        """The table was edited: forget what was derived from it."""
+        self._room = 0
+        self._runs: dict[int, tuple[int, int, int] | None] = {}
+        self._ring_index: tuple[int, torch.Tensor] | None = None
+        self.version = getattr(self, "version", 0) + 1
+
+    # ------------------------------------------------------------------------------------- rows of the batch, forks
+    def select(self, indices: np.ndarray) -> None:
+        """Keep the rows ``indices`` in that order; rows may repeat and then share their pages."""
+        table = self.table[indices]
+        self.pool.share(table)
+        self.pool.release(self.table)
+        self.table, self.lens, self.oldest = table, self.lens[indices], self.oldest[indices]
+        self.shared = True
+        self._changed()
+
+    def fork(self) -> LayerPages:
+        """A second table that shares every page; both copy on write."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.table = self.table.copy()
+        self.pool.share(self.table)
+        for half in (self, twin):
+            half.shared = True
+            half._changed()
+        return twin
+
+    def free(self) -> None:
+        """Give all pages back; the table is empty afterwards."""
+        self.pool.release(self.table)
+        self.table = np.zeros((self.batch_size, self.num_heads, 1), np.int32)
+        self.lens = np.zeros_like(self.lens)
+        self.oldest = np.broadcast_to(self.sink.astype(np.int64), self.oldest.shape).copy()
+        self.shared = False
+        self._changed()
+
+    # ------------------------------------------------------------------------------------------------- crop
+    def check_crop(self, removed: np.ndarray) -> None:
+        """Raise unless the last ``removed`` (int64 ``[batch]``) tokens of each row can be taken back.
+
+        Raises:
+            RollbackExceeded: a local head has already evicted a token that would become visible again.
+        """
+        if (removed > self.lens).any():
+            raise RollbackExceeded(f"cannot crop {int(removed.max())} tokens: only {int(self.lens.min())} are stored")
+        heads = self.ring_heads
+        needed = np.maximum(self.sink[heads], (self.lens - removed)[:, None] - self.window[heads] + 1)
+        if (self.oldest[:, heads] > needed).any():
+            raise RollbackExceeded(
+                f"cannot crop {int(removed.max())} tokens: local heads have evicted tokens that would be visible again "
+                f"(rollback={self.rollback}). Build the cache with rollback={int(removed.max())} or more, or call "
+                "activate_past_recording() before the tokens are fed"
+            )
+
+    def crop(self, removed: np.ndarray) -> None:
+        """Take back the last ``removed`` tokens of each row after ``check_crop(removed)``; their pages are freed."""
+        self.lens = self.lens - removed
+        keep = self.pages_for(self.lens)
+        surplus = (np.arange(self.table.shape[2]) >= keep[..., None]) & (self.table > 0)
+        if surplus.any():
+            self.pool.release(self.table[surplus])
+            self.table[surplus] = 0
+        self._changed()
+
+    def set_rollback(self, rollback: int) -> None:
+        """Change the number of extra ring slots, moving what the local heads hold into the new ring."""
+        if rollback == self.rollback:
+            return
+        heads = self.ring_heads
+        ring = np.where(self.window >= KEEP_ALL, KEEP_ALL, self.window + rollback).astype(np.int32)
+        if len(heads) and self.lens.any():
+            self._move_rings(heads, ring)
+        self.rollback, self.ring = rollback, ring
+        self._changed()
+
+    def _move_rings(self, heads: np.ndarray, ring: np.ndarray) -> None:
+        last_sink = int(self.sink[heads].max())
+        longest = int(np.minimum(self.ring[heads], ring[heads]).max())
+        recent = self.lens[:, None] - longest + np.arange(longest)
+        first = np.broadcast_to(np.arange(last_sink), (self.batch_size, last_sink))
+        positions = np.concatenate([first, recent], axis=1)
+        is_recent = np.arange(positions.shape[1]) >= last_sink
+        k, v = self.gather(positions, heads)
+        self.pool.release(self.table[:, heads])
+        self.table[:, heads] = 0
+        self.oldest = np.maximum(self.oldest, self.lens[:, None] - ring)
+        self.ring = ring
+        need = self.pages_for(self.lens)
+        have = need.copy()
+        have[:, heads] = 0
+        self._grow(have, need)
+        at = positions[:, None]
+        keep = np.where(is_recent, at >= self.oldest[:, heads, None], at < self.sink[heads][:, None])
+        keep &= at < self.lens[:, None, None]
+        index = torch.from_numpy(self.rows(positions, heads)[keep]).to(self.pool.k.device)
+        chosen = torch.from_numpy(keep).to(self.pool.k.device)
+        with self.pool.lock:
+            for slab, rows in ((self.pool.k, k), (self.pool.v, v)):
+                slab.view(-1, slab.shape[2]).index_copy_(0, index, rows[chosen])

@@ -1,0 +1,187 @@
+"""The page pool: two slabs of pages and a reference count for each page.
+
+A page holds ``page_size`` tokens of one KV head. The pool knows nothing of heads, layers or positions: it hands out
+page numbers, counts who holds them, and takes them back. Page 0 is a scratch page that is never handed out; unused
+page-table entries point at it, so that reading them is always in bounds.
+
+Pages are zero when they are handed out. Attention multiplies the values of masked slots by a probability of zero,
+and zero times a stale NaN or Inf would still be NaN.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+
+from ..errors import PoolExhausted
+
+GROWTH = 1.125  # a growing pool reserves one eighth more than it needs: the price of not copying at every page
+
+
+class PagePool:
+    """Pages of one (device, dtype, head_dim).
+
+    Args:
+        page_size: tokens per page, a power of two.
+        key_dim, value_dim: channels of a key and of a value.
+        dtype, device: of both slabs.
+        capacity: number of usable pages if the pool must not grow; ``None`` for a pool that grows.
+
+    Attributes:
+        k: ``[num_pages, page_size, key_dim]``; v: ``[num_pages, page_size, value_dim]``. The tensors are replaced when
+            the pool grows: fetch them anew at each use.
+        refs: int32 ``[num_pages]`` on the host, the number of page-table entries that hold each page.
+        lock: held while pages are written or handed out; forks on other threads share the pool.
+    """
+
+    def __init__(
+        self,
+        page_size: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int | None = None,
+    ):
+        self.page_size, self.capacity = page_size, capacity
+        self.lock = threading.RLock()
+        rows = 1 + (capacity or 0)
+        self.k = self._slab(rows, key_dim, dtype, device)
+        self.v = self._slab(rows, value_dim, dtype, device)
+        self.refs = np.zeros(rows, np.int32)
+        self.refs[0] = 1
+        self._used = np.zeros(rows, bool)  # handed out before, so possibly not zero
+
+    def _slab(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.zeros(rows, self.page_size, dim, dtype=dtype, device=device)
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.refs)
+
+    @property
+    def num_free(self) -> int:
+        return int(np.count_nonzero(self.refs == 0))
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, keys and values together."""
+        return self.page_size * (self.k.shape[2] * self.k.element_size() + self.v.shape[2] * self.v.element_size())
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of both slabs as the allocator holds them."""
+        return self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes()
+
+    # ------------------------------------------------------------------------------------------------ hand out
+    def reserve(self, count: int) -> None:
+        """Make sure that ``count`` more pages are free, growing the slabs if they may grow.
+
+        Raises:
+            PoolExhausted: the capacity is fixed and too small, or the device has no memory for larger slabs. Nothing
+                has changed then.
+        """
+        missing = count - self.num_free
+        if missing <= 0:
+            return
+        if self.capacity is not None:
+            raise PoolExhausted(
+                f"the page pool needs {count} free pages ({count * self.page_bytes:,} bytes) but only {self.num_free} of its "
+                f"{self.capacity} are free; make max_cache_len larger, the batch smaller, or release other caches first"
+            )
+        rows = max(self.num_pages + missing, int(self.num_pages * GROWTH))
+        try:
+            k = self._slab(rows, self.k.shape[2], self.k.dtype, self.k.device)
+            v = self._slab(rows, self.v.shape[2], self.v.dtype, self.v.device)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "alloc" not in str(error):
+                raise
+            raise PoolExhausted(
+                f"no memory on {self.k.device} to grow the page pool from {self.num_pages} to {rows} pages "
+                f"({rows * self.page_bytes:,} bytes): use a profile with fewer global heads, a shorter context or a "
+                "smaller batch, or reset() caches that are no longer needed"
+            ) from error
+        with self.lock:
+            k[: self.num_pages].copy_(self.k)
+            v[: self.num_pages].copy_(self.v)
+            self.k, self.v = k, v
+            grown = rows - self.num_pages
+            self.refs = np.concatenate([self.refs, np.zeros(grown, np.int32)])
+            self._used = np.concatenate([self._used, np.zeros(grown, bool)])
+
+    def alloc(self, count: int) -> np.ndarray:
+        """``count`` zeroed pages with one reference each, as int32 ``[count]`` in ascending order.
+
+        They come from the end of the slab, so that the gaps between runs stay open for the runs to grow into.
+        """
+        with self.lock:
+            self.reserve(count)
+            free = np.flatnonzero(self.refs == 0)
+            return self._take(free[len(free) - count :])
+
+    def alloc_exact(self, pages: np.ndarray) -> bool:
+        """Take exactly these pages if every one of them is free; otherwise take none and return False."""
+        with self.lock:
+            if pages.max(initial=0) >= self.num_pages or self.refs[pages].any():
+                return False
+            self._take(pages)
+            return True
+
+    def alloc_runs(self, runs: int, length: int, stride: int) -> np.ndarray:
+        """``runs`` runs of ``length`` consecutive pages whose first pages lie ``stride`` pages apart.
+
+        Such pages can be read as one strided view, without gathering. The ``stride - length`` pages between two runs
+        stay free; they are where a run will want to grow.
+
+        Returns:
+            int32 ``[runs, length]``.
+        """
+        with self.lock:
+            want = (runs - 1) * stride + max(length, stride)
+            start = self._free_stretch(want)
+            if start is None:
+                tail = self.num_pages - 1 - int(np.flatnonzero(self.refs)[-1])
+                if self.capacity is not None:  # no stretch is long enough: any pages will do
+                    return self.alloc(runs * length).reshape(runs, length)
+                self.reserve(self.num_free + want - tail)
+                start = self._free_stretch(want)
+                assert start is not None
+            pages = start + np.arange(runs)[:, None] * stride + np.arange(length)[None]
+            return self._take(pages.astype(np.int32).ravel()).reshape(runs, length)
+
+    def _free_stretch(self, want: int) -> int | None:
+        edges = np.flatnonzero(np.diff(np.concatenate(([1], self.refs != 0, [1])).astype(np.int8)))
+        starts, ends = edges[::2], edges[1::2]
+        fitting = np.flatnonzero(ends - starts >= want)
+        return int(starts[fitting[0]]) if len(fitting) else None
+
+    def _take(self, pages: np.ndarray) -> np.ndarray:
+        dirty = pages[self._used[pages]]
+        if len(dirty):
+            index = torch.from_numpy(dirty.astype(np.int64)).to(self.k.device)
+            self.k.index_fill_(0, index, 0)
+            self.v.index_fill_(0, index, 0)
+        self.refs[pages] = 1
+        self._used[pages] = True
+        return pages.astype(np.int32)
+
+    # ------------------------------------------------------------------------------------------- share and free
+    def share(self, pages: np.ndarray) -> None:
+        """Add one reference for every entry of ``pages`` (entries may repeat; zeros are ignored)."""
+        with self.lock:
+            np.add.at(self.refs, pages[pages > 0], 1)
+
+    def release(self, pages: np.ndarray) -> None:
+        """Drop one reference for every entry of ``pages``; pages without references are free again."""
+        with self.lock:
+            np.subtract.at(self.refs, pages[pages > 0], 1)
+
+    def copy(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Copy whole pages, keys and values."""
+        with self.lock:
+            src = torch.from_numpy(source.astype(np.int64)).to(self.k.device)
+            dst = torch.from_numpy(target.astype(np.int64)).to(self.k.device)
+            self.k.index_copy_(0, dst, self.k.index_select(0, src))
+            self.v.index_copy_(0, dst, self.v.index_select(0, src))
