@@ -1,7 +1,7 @@
 """Set-up shared by all tests: one thread, no Hub, one real model per session.
 
-The real model costs 25 s the first time on a machine and 2 s later, so it is loaded once per session, and only if a test
-asks for it. Tests must leave it as they found it.
+The real model costs 25 s the first time on a machine and 2 s later, so it is loaded once per session, and only if a
+test asks for it. Tests must leave it as they found it.
 """
 
 from __future__ import annotations
