@@ -129,10 +129,13 @@ def test_refusals_change_nothing():
     placement = HeadPlacement(_mixed_profile(model.config), 2, SHUFFLED)
     model.model.layers[2].self_attn.gate = torch.nn.Parameter(torch.ones(3))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(RedKnotError, match=r"layer 2.*gate of shape \[3\] is not understood"):
+    with pytest.raises(RedKnotError, match=r"layer 2.*gate of shape \[3\] and torch.float32 is not understood"):
         placement.apply_to_model(model)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     del model.model.layers[2].self_attn.gate
+    packed = {**before, "model.layers.1.self_attn.k_proj.weight": torch.zeros(1024, 1, dtype=torch.uint8)}
+    with pytest.raises(RedKnotError, match="k_proj.weight of shape .* and torch.uint8"):
+        placement.apply_to_state_dict(packed, model.config)
     placement.apply_to_model(model)
     with pytest.raises(RedKnotError, match="relabelled before"):
         placement.apply_to_model(model)

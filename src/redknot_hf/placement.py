@@ -221,10 +221,13 @@ class HeadPlacement:
             shape = tuple(tensor.shape)
             if type(tensor).__name__ == "DTensor":
                 raise RedKnotError(f"{where}: {name} is sharded already; relabel the heads before sharding the model")
-            found = _classify(name, shape, query_heads, kv_heads, width)
+            # Packed integers hide the head dimension: rows may divide by the heads and still not be heads.
+            plain = tensor.is_floating_point()
+            found = _classify(name, shape, query_heads, kv_heads, width) if plain else None
             if found is None:
                 raise RedKnotError(
-                    f"{where}: cannot relabel heads, because {name} of shape {list(shape)} is not understood "
+                    f"{where}: cannot relabel heads, because {name} of shape {list(shape)} and {tensor.dtype} is not "
+                    "understood "
                     "(quantised weights, adapters and attention variants with further parameters are not supported)"
                 )
             dim, parts = found
