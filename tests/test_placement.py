@@ -134,7 +134,7 @@ def test_refusals_change_nothing():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     del model.model.layers[2].self_attn.gate
     packed = {**before, "model.layers.1.self_attn.k_proj.weight": torch.zeros(1024, 1, dtype=torch.uint8)}
-    with pytest.raises(RedKnotError, match="k_proj.weight of shape .* and torch.uint8"):
+    with pytest.raises(RedKnotError, match=r"k_proj.weight of shape .* and torch.uint8"):
         placement.apply_to_state_dict(packed, model.config)
     placement.apply_to_model(model)
     with pytest.raises(RedKnotError, match="relabelled before"):

@@ -76,8 +76,8 @@ def _recognise(document: Any, location: Path) -> str:
         if module.recognises(document):
             return name
     raise ProfileError(
-        f"{shorten(str(location), 200)} is none of the known head-map formats ({', '.join(FORMATS)}); pass format= to "
-        "see what is missing"
+        f"{shorten(str(location), 200)} is neither a redknot-hf profile nor one of the known head-map formats "
+        f"({', '.join(FORMATS)}); pass format= to see what is missing"
     )
 
 
