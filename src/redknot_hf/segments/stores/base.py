@@ -67,6 +67,8 @@ class SegmentStore(abc.ABC):
 
     tier: str = ""
     default_timeout = 30.0
+    rereads = 0
+    """How often a damaged read is repeated before the entry counts as damaged: for stores without snapshots."""
 
     def __new__(cls, url: Any = None, *args: Any, **kwargs: Any) -> SegmentStore:
         if cls is SegmentStore:
@@ -245,7 +247,7 @@ class SegmentStore(abc.ABC):
         try:
             if isinstance(item, Exception):
                 raise item
-            entry = self._open(name, item, self.verify_mode)
+            entry = self._open_again(name, item)
             _check_identity(key, entry)
         except UnreadableEntry as e:
             self._report_bad(name, f"cannot be used here: {e}; treated as missing")
@@ -259,6 +261,16 @@ class SegmentStore(abc.ABC):
             return None
         entry.tier = entry.tier or self.tier
         return entry
+
+    def _open_again(self, name: str, item: Any) -> SegmentEntry:
+        for _ in range(self.rereads):
+            try:
+                return self._open(name, item, self.verify_mode)
+            except CorruptEntry:
+                time.sleep(0.02)
+                again = self._guard("get", lambda: self._load_many([name]), [None])[0]
+                item = item if again is None else again
+        return self._open(name, item, self.verify_mode)
 
     def _report_bad(self, name: str, text: str) -> None:
         # Once per entry: one that cannot be deleted would otherwise warn on every prompt.

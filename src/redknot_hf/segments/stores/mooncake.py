@@ -2,13 +2,16 @@
 
 The client library is C++ and blocks: connecting is preceded by a plain TCP connection to the master, and every call
 runs under a deadline. The master evicts by its own policy (least recently used above its high watermark, leases
-respected), which is why `max_bytes` is enforced only as far as the master's admin port can list the keys.
+respected), which is why `max_bytes` is enforced only as far as the master's admin port can list the keys. An entry that
+is replaced while it is read comes out mixed; the checksum tells, and it is read again.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import socket
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -26,7 +29,9 @@ __all__ = ["MooncakeStore"]
 T = TypeVar("T")
 
 # ErrorCode of mooncake-store (docs: "Mooncake Store error codes"), those that mean something here.
-_NO_HANDLE, _NOT_FOUND, _EXISTS, _LEASED, _LEASE_EXPIRED = -200, -704, -705, -706, -707
+_NO_ROOM, _NOT_READY, _NOT_FOUND, _EXISTS, _LEASED, _LEASE_EXPIRED = -200, -703, -704, -705, -706, -707
+# How often a call that met another client's write of the same entry is repeated, and the pause between.
+_ATTEMPTS, _PAUSE = 40, 0.01
 
 
 class MooncakeStore(BytesStore):
@@ -41,11 +46,13 @@ class MooncakeStore(BytesStore):
         buffer_bytes: host memory for transfers; no entry may be larger.
         admin_port: the master's metrics port, through which keys can be listed; None if it is closed.
         prefix: first part of every name in the pool.
+        client: a `MooncakeDistributedStore` that is set up already, to share it; it is not closed with this store.
         timeout: seconds for a whole call; 30 by default.
         **options: see `SegmentStore`.
     """
 
     tier = "mooncake"
+    rereads = 5
     default_timeout = 30.0
 
     def __init__(
@@ -60,9 +67,12 @@ class MooncakeStore(BytesStore):
         buffer_bytes: int = 1 << 30,
         admin_port: int | None = 9003,
         prefix: str = "redknot-segment-",
+        client: Any = None,
         **options: Any,
     ) -> None:
         super().__init__(url, **options)
+        # The pool may hand out memory that is being overwritten or was freed meanwhile, so nothing is taken unchecked.
+        self.verify_mode = "full"
         try:
             parts = urllib.parse.urlsplit(str(url))
             host, port = parts.hostname, parts.port or 50051
@@ -70,6 +80,9 @@ class MooncakeStore(BytesStore):
             host = None
         if not host or parts.path.strip("/") or parts.query:
             raise RedKnotError(f"url: a Mooncake store is mooncake://master-host:port, got {self.url}")
+        # The library logs every connection to stderr. It reads this once, when it is loaded; a value of the user's
+        # stays.
+        os.environ.setdefault("GLOG_minloglevel", "2")
         try:
             from mooncake.store import MooncakeDistributedStore
         except ImportError as e:
@@ -84,7 +97,7 @@ class MooncakeStore(BytesStore):
         self._hostname = hostname
         self._buffer_bytes = buffer_bytes
         self._make = MooncakeDistributedStore
-        self._client: Any = None
+        self._client, self._own_client = client, client is None
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
@@ -125,13 +138,15 @@ class MooncakeStore(BytesStore):
         return self._call("read", lambda client: self._fetch(client, self._name(name)))
 
     def _fetch(self, client: Any, name: str) -> Any:
-        for _ in range(3):
-            # One call for size and lease: `get_size` alone says -704 also when the master is gone.
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                time.sleep(_PAUSE)
+            # Asked first because `get_size` and `get_into` also say "not found" when the master is gone.
             if _presence(client, name) == 0:
                 return None
             size = client.get_size(name)
-            if size == _NOT_FOUND:
-                return None
+            if size in (_NOT_READY, _NOT_FOUND):
+                continue
             if not 0 < size <= self._buffer_bytes:
                 raise CorruptEntry(f"impossible size {size}")
             buffer = bytearray(size)
@@ -146,9 +161,9 @@ class MooncakeStore(BytesStore):
             del pinned
             if count == size:
                 return buffer
-            if count not in (_LEASE_EXPIRED, _NOT_FOUND):
+            if count not in (_NOT_READY, _NOT_FOUND, _LEASE_EXPIRED):
                 raise StoreUnavailable(f"read failed with code {count}")
-        return None
+        return None  # still being written: as good as not there
 
     def _write(self, name: str, parts: Sequence[memoryview], nbytes: int) -> None:
         if nbytes > self._buffer_bytes:
@@ -156,8 +171,13 @@ class MooncakeStore(BytesStore):
         if self.max_bytes is not None:
             for victim in self._victims(self._records(), nbytes, name):
                 self._remove(victim.key)
-        code = self._call("write", lambda client: client.upsert_parts(self._name(name), *parts))
-        if code == _NO_HANDLE:
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                time.sleep(_PAUSE)
+            code = self._call("write", lambda client: client.upsert_parts(self._name(name), *parts))
+            if code not in (_NOT_READY, _EXISTS, _LEASED, _LEASE_EXPIRED, _NOT_FOUND):
+                break
+        if code == _NO_ROOM:
             raise StoreFull(f"the pool has no room for {nbytes} bytes")
         if code != 0:
             raise StoreUnavailable(f"write failed with code {code}")
@@ -194,7 +214,7 @@ class MooncakeStore(BytesStore):
     def close(self) -> None:
         with self._lock:
             client, self._client = self._client, None
-        if client is not None:
+        if client is not None and self._own_client:
             within(self.timeout, "close", client.close)
 
 

@@ -1,0 +1,261 @@
+"""Which rows of a prompt a forward computes, and attention of such rows over linear storage.
+
+A splice computes some rows of a prompt and takes the rest from stored segments. The rows have increasing positions with
+gaps between them. Storage is linear: the key of position ``p`` lies in slot ``p``. A row at position ``p`` of a head with
+``sink`` and ``window`` sees
+
+    {j <= p} & ({j < sink} | {j > p - window}),  each key once,
+
+intersected with the model's own sliding window. Rows are taken in blocks: a block of a head that keeps everything reads the
+keys up to its last row, a block of a local head the sinks and the keys from its first row's window on, so that a local
+row costs O(window) and not O(prompt).
+
+This module knows nothing of segments or models. On NVIDIA GPUs the operator ``segpaged_attention.prefill_positions`` serves
+the same function.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..paging import torch_attention
+from ..paging.pages import KEEP_ALL
+from ..paging.torch_attention import AttentionSpec
+
+__all__ = ["PAGE", "RowSet", "attend_rows", "attention_weights"]
+
+PAGE = 64  # slots are padded to whole pages, so that the kernel can read linear storage as pages
+CPU_BLOCK, GPU_BLOCK = 128, 1024  # rows of one masked call: a block reads keys up to its last row, so small ones waste less
+MASK_ELEMENTS = 1 << 27  # masks above this are made for each layer anew instead of being kept for the forward
+
+
+class Block(NamedTuple):
+    """Rows ``[start, stop)`` over the first ``sinks`` keys and the keys ``[low, high)``; mask bool ``[1, 1, rows, keys]``."""
+
+    start: int
+    stop: int
+    sinks: int
+    low: int
+    high: int
+    mask: torch.Tensor
+
+
+class RowSet:
+    """The rows of one forward, the same in every row of the batch.
+
+    Args:
+        positions: int64 ``[n]`` on the host, strictly increasing request positions.
+        device: where the forward runs.
+        partial: bool ``[n]``: rows whose new keys and values replace stored ones only in heads that keep everything. None:
+            every row replaces in every head.
+    """
+
+    def __init__(self, positions: np.ndarray, device: torch.device | str, partial: np.ndarray | None = None):
+        self.host = np.asarray(positions, np.int64)
+        self.device = torch.device(device)
+        self.partial = partial if partial is not None and partial.any() else None
+        self._masks: dict[tuple[int, int, int], list[Block] | None] = {}
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    @functools.cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 ``[n]`` on the device."""
+        return torch.from_numpy(self.host).to(self.device)
+
+    @functools.cached_property
+    def whole(self) -> torch.Tensor:
+        """int64: which of the rows replace stored keys in every head."""
+        chosen = np.arange(len(self)) if self.partial is None else np.flatnonzero(~self.partial)
+        return torch.from_numpy(chosen).to(self.device)
+
+    @functools.cached_property
+    def contiguous(self) -> bool:
+        return len(self) > 0 and int(self.host[-1] - self.host[0]) == len(self) - 1
+
+    def take(self, index: np.ndarray) -> RowSet:
+        """Some of the rows, by ascending index into these."""
+        return RowSet(self.host[index], self.device, None if self.partial is None else self.partial[index])
+
+    def blocks(self, sink: int, window: int, model_window: int) -> Iterator[Block]:
+        """The calls that heads of one sink and window take; masks are kept for the next layer while they are small."""
+        key = (sink, window, model_window)
+        if key not in self._masks:
+            plan = list(self._plan(sink, window))
+            size = sum((b - a) * (sinks + high - low) for a, b, sinks, low, high in plan)
+            self._masks[key] = [self._block(*p, *key) for p in plan] if size <= MASK_ELEMENTS else None
+        kept = self._masks[key]
+        return iter(kept) if kept is not None else (self._block(*p, *key) for p in self._plan(sink, window))
+
+    def _plan(self, sink: int, window: int) -> Iterator[tuple[int, int, int, int, int]]:
+        rows = CPU_BLOCK if self.device.type == "cpu" else GPU_BLOCK
+        edges = np.arange(0, len(self), rows)
+        if window < KEEP_ALL:  # a gap that no window reaches across would only add keys that nobody sees
+            edges = np.union1d(edges, np.flatnonzero(np.diff(self.host) > max(window // 2, 32)) + 1)
+        for start, stop in zip(edges, [*edges[1:], len(self)], strict=True):
+            first, last = int(self.host[start]), int(self.host[stop - 1])
+            low = max(0, first - window + 1) if window < KEEP_ALL else 0
+            if low <= sink:
+                yield int(start), int(stop), 0, 0, last + 1
+            else:
+                yield int(start), int(stop), sink, low, last + 1
+
+    def _block(
+        self, start: int, stop: int, sinks: int, low: int, high: int, sink: int, window: int, model_window: int
+    ) -> Block:
+        query = self.positions[start:stop, None]
+        keys = torch.arange(low, high, device=self.device)
+        key = torch.cat([torch.arange(sinks, device=self.device), keys]) if sinks else keys
+        seen = key <= query
+        if window < KEEP_ALL:
+            seen &= (key < sink) | (key > query - window)
+        if model_window:
+            seen &= key > query - model_window
+        return Block(start, stop, sinks, low, high, seen[None, None])
+
+
+def attend_rows(
+    q: torch.Tensor,
+    rows: RowSet,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink: np.ndarray,
+    window: np.ndarray,
+    spec: AttentionSpec,
+) -> torch.Tensor:
+    """Attention of the rows over everything at or before each, under the heads' rule.
+
+    Args:
+        q: ``[batch, q_heads, n, dim]``.
+        k, v: ``[batch, kv_heads, slots, dim]``, contiguous, ``slots`` a multiple of `PAGE`; the rows' own keys are already
+            there. Slots that are not stored must be finite.
+        sink, window: int ``[kv_heads]``; ``window >= KEEP_ALL`` for heads that see everything.
+
+    Returns:
+        ``[batch, n, q_heads, value_dim]``.
+    """
+    if _kernel_serves(q, k, v):
+        return _attend_by_kernel(q, rows, k, v, sink, window, spec)
+    num_heads = k.shape[1]
+    grouped = q.unflatten(1, (num_heads, -1))
+    parts = []
+    for s, w, heads in _kinds(sink, window):
+        keys, values, mine = _heads(k, heads), _heads(v, heads), _heads(grouped, heads)
+        if w >= KEEP_ALL and spec.plain and not spec.model_window and rows.contiguous and rows.host[0] == 0:
+            n = len(rows)
+            out = scaled_dot_product_attention(
+                mine.flatten(1, 2),
+                keys[:, :, :n],
+                values[:, :, :n],
+                is_causal=n > 1,
+                scale=spec.scale,
+                enable_gqa=mine.shape[2] > 1,
+            )
+            parts.append((heads, out.unflatten(1, (len(heads), -1))))
+            continue
+        outs = []
+        for block in rows.blocks(s, w, spec.model_window):
+            near_k, near_v = keys[:, :, block.low : block.high], values[:, :, block.low : block.high]
+            if block.sinks:
+                near_k = torch.cat([keys[:, :, : block.sinks], near_k], 2)
+                near_v = torch.cat([values[:, :, : block.sinks], near_v], 2)
+            part = mine[:, :, :, block.start : block.stop]
+            outs.append(torch_attention._attend_grouped(part, near_k, near_v, block.mask, spec, heads))
+        parts.append((heads, torch.cat(outs, 3) if len(outs) > 1 else outs[0]))
+    return torch_attention._join(parts, num_heads).flatten(1, 2).transpose(1, 2).contiguous()
+
+
+def attention_weights(
+    q: torch.Tensor, rows: RowSet, k: torch.Tensor, sink: np.ndarray, window: np.ndarray, spec: AttentionSpec
+) -> torch.Tensor:
+    """The probabilities that `attend_rows` uses, fp32 ``[batch, kv_heads, group, n, slots]``: for a few rows only."""
+    grouped = q.unflatten(1, (k.shape[1], -1)).float()
+    scores = grouped @ k[:, :, None].float().transpose(3, 4) * spec.scale
+    if spec.softcap:
+        scores = torch.tanh(scores / spec.softcap) * spec.softcap
+    key = torch.arange(k.shape[2], device=k.device)
+    query = rows.positions[:, None]
+    causal = key <= query
+    if spec.model_window:
+        causal &= key > query - spec.model_window
+    s = torch.from_numpy(np.asarray(sink, np.int64)).to(k.device)[:, None, None]
+    w = torch.from_numpy(np.asarray(window, np.int64)).to(k.device)[:, None, None]
+    seen = causal & ((key < s) | (key > query - w))
+    scores = scores.masked_fill(~seen[None, :, None], float("-inf"))
+    if spec.s_aux is not None:
+        extra = spec.s_aux.float().view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
+    return scores.softmax(-1)
+
+
+def _kinds(sink: np.ndarray, window: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Heads of equal sink and window."""
+    pairs = np.stack([sink, window], 1)
+    for kind in np.unique(pairs, axis=0):
+        yield int(kind[0]), int(kind[1]), np.flatnonzero((pairs == kind).all(1))
+
+
+def _heads(x: torch.Tensor, heads: np.ndarray) -> torch.Tensor:
+    """``x[:, heads]``, as a view where the heads are neighbours."""
+    if heads[-1] - heads[0] == len(heads) - 1:
+        return x[:, int(heads[0]) : int(heads[-1]) + 1]
+    return x.index_select(1, torch.from_numpy(heads).to(x.device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the kernel
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _kernels() -> Any:
+    try:
+        import segpaged_attention
+    except ImportError:
+        return None
+    return segpaged_attention if hasattr(segpaged_attention, "prefill_positions") else None
+
+
+def _kernel_serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    if not q.is_cuda or q.dtype != k.dtype:
+        return False
+    kernels = _kernels()
+    if kernels is None or not kernels.is_available(q.device):
+        return False
+    group = q.shape[1] // k.shape[1]
+    return all(kernels.supported(x.shape[3], x.dtype, PAGE, group) is None for x in (k, v))
+
+
+def _attend_by_kernel(
+    q: torch.Tensor,
+    rows: RowSet,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink: np.ndarray,
+    window: np.ndarray,
+    spec: AttentionSpec,
+) -> torch.Tensor:
+    batch, heads, slots, _ = k.shape
+    pages = slots // PAGE
+    device = q.device
+    table = torch.arange(batch * heads * pages, dtype=torch.int32, device=device).view(batch, heads, pages)
+    return _kernels().prefill_positions(
+        q,
+        rows.positions.to(torch.int32).expand(batch, -1).contiguous(),
+        k.view(-1, PAGE, k.shape[3]),
+        v.view(-1, PAGE, v.shape[3]),
+        table,
+        torch.full((batch,), slots, dtype=torch.int32, device=device),  # j <= p bounds what is read
+        torch.from_numpy(np.asarray(sink, np.int32)).to(device),
+        torch.from_numpy(np.asarray(window, np.int32)).to(device),
+        spec.scale,
+        spec.softcap,
+        spec.s_aux,
+        spec.model_window,
+    )

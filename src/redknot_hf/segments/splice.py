@@ -1,0 +1,347 @@
+"""One forward of the unchanged model over some rows of a prompt, the other rows taken from storage.
+
+`SpliceCache` looks like any cache to the model. Its layers are linear: slot and position are the same. A layer's ``update``
+stages the rows' new keys and values; the attention function comes back through `SpliceLayer.attend`, which overwrites
+the rows' slots and then lets every row attend by position. Rows that are not computed cost nothing in any layer.
+
+`narrow_rows` drops rows on the way: some layers run over more rows than the later ones. It hooks the decoder's layers for the
+time of one forward and knows them only as modules that take hidden states first.
+
+What this module does not know: where stored keys come from, which rows are worth computing (`select`), prompts (`prompt`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..attention import HANDLE, NAME
+from ..cache import RedKnotCache
+from ..errors import CacheError, RedKnotError, UnsupportedModel
+from ..layer import Handle, RedKnotLayer, effective_window
+from ..masks import CacheLength, RedKnotMask
+from ..paging.pages import KEEP_ALL
+from ..paging.torch_attention import AttentionSpec
+from .rows import PAGE, RowSet, attend_rows
+
+__all__ = ["Observer", "SpliceCache", "SpliceLayer", "decoder_layers", "forward_rows", "narrow_rows"]
+
+
+class Observer:
+    """Looks on while rows are computed; both methods do nothing unless overridden."""
+
+    def rows(self, layer: SpliceLayer, rows: RowSet, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Called before the new keys and values ``[batch, kv_heads, n, dim]`` of the rows replace what is stored."""
+
+    def queries(self, layer: SpliceLayer, rows: RowSet, q: torch.Tensor, spec: AttentionSpec) -> None:
+        """Called with the queries ``[batch, q_heads, n, dim]`` when the storage is ready to be attended over."""
+
+
+class SpliceLayer(CacheLayerMixin):
+    """Linear storage of one attention layer: the key of position p is in slot p.
+
+    Attributes:
+        k, v: ``[batch, kv_heads, slots, dim]``, zero where nothing is stored; None before the first use.
+        sink, window: int ``[kv_heads]``, the rule of each head in this forward.
+    """
+
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, cache: SpliceCache, index: int, model_window: int | None):
+        super().__init__()
+        self.cache, self.index, self.model_window = cache, index, model_window
+        self.is_sliding = model_window is not None
+        self.k: torch.Tensor | None = None
+        self.v: torch.Tensor | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take heads, dims, dtype and device from keys and values ``[batch, kv_heads, n, dim]``."""
+        batch, heads = self.cache.batch, key_states.shape[1]
+        self.k = key_states.new_zeros(batch, heads, self.cache.slots, key_states.shape[3])
+        self.v = value_states.new_zeros(batch, heads, self.cache.slots, value_states.shape[3])
+        self._geometry(heads)
+        self.is_initialized = True
+
+    def _geometry(self, heads: int) -> None:
+        target = self.cache.target
+        if target.prefill == "full":
+            sink, window = np.zeros(heads, np.int64), np.full(heads, KEEP_ALL, np.int64)
+            self.sink, self.window, self.extra_window = effective_window(sink, window, self.model_window)
+        else:
+            self.sink, self.window, self.extra_window = target.geometry(self.index, heads, self.model_window)
+
+    def fill(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | slice) -> None:
+        """Store keys (rotated for their positions) and values ``[batch, kv_heads, n, dim]`` without computing anything."""
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+        assert self.k is not None and self.v is not None
+        self.k[:, :, positions] = k
+        self.v[:, :, positions] = v
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stage the rows' keys (after RoPE) and values; the attention function stores them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows = self.cache.rows
+        if rows is None or key_states.shape[2] != len(rows) or key_states.shape[0] != self.cache.batch:
+            raise CacheError(
+                f"layer {self.index} is fed {key_states.shape[2]} tokens of {key_states.shape[0]} rows, announced were "
+                f"{0 if rows is None else len(rows)} of {self.cache.batch}: a SpliceCache is driven by forward_rows() alone"
+            )
+        keys, values = key_states.detach(), value_states.detach()
+        setattr(keys, HANDLE, Handle(self, None, keys, values))  # type: ignore[arg-type]
+        self.cache.staged += 1
+        return keys, values
+
+    def attend(
+        self,
+        handle: Handle,
+        query: torch.Tensor,
+        mask: Any,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        s_aux: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Overwrite the rows' slots, then attend: ``query [batch, q_heads, n, dim]`` -> ``[batch, n, q_heads, dim]``."""
+        if handle.stored:
+            raise UnsupportedModel(f"layer {self.index}: several attention calls share one chunk of keys: no splicing")
+        if mask is not None and not (isinstance(mask, RedKnotMask) and mask.is_causal):
+            raise UnsupportedModel(
+                f"layer {self.index} attends with a mask that is not causal (chunks, images, a prefix): its rows cannot be "
+                "computed apart"
+            )
+        if sliding_window is not None and sliding_window != self.model_window:
+            self.model_window = sliding_window
+            self._geometry(query.shape[1] if self.k is None else self.k.shape[1])
+        rows = self.cache.rows
+        assert rows is not None and self.k is not None and self.v is not None
+        query, k, v = query.detach(), handle.k, handle.v
+        assert k is not None and v is not None
+        spec = AttentionSpec(scale, softcap or 0.0, s_aux, self.extra_window)
+        if self.cache.observer is not None:
+            self.cache.observer.rows(self, rows, k, v)
+        self._overwrite(rows, k, v)
+        handle.release()
+        self.cache.consumed += 1
+        if self.cache.observer is not None:
+            self.cache.observer.queries(self, rows, query, spec)
+        return attend_rows(query, rows, self.k, self.v, self.sink, self.window, spec)
+
+    def _overwrite(self, rows: RowSet, k: torch.Tensor, v: torch.Tensor) -> None:
+        for store, new in ((self.k, k), (self.v, v)):
+            assert store is not None
+            if rows.contiguous and rows.partial is None:
+                first = int(rows.host[0])
+                store[:, :, first : first + len(rows)] = new
+            elif rows.partial is None:
+                store.index_copy_(2, rows.positions, new.to(store.dtype))
+            else:
+                some = new.index_select(2, rows.whole).to(store.dtype)
+                store.index_copy_(2, rows.positions[rows.whole], some)
+                for head in np.flatnonzero(self.window >= KEEP_ALL):
+                    store[:, head].index_copy_(1, rows.positions, new[:, head].to(store.dtype))
+
+    def release(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, given away: the layer holds nothing afterwards."""
+        assert self.k is not None and self.v is not None
+        k, v, self.k, self.v = self.k, self.v, None, None
+        self.is_initialized = False
+        return k, v
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return CacheLength.of(self.cache.length, False), 0
+
+    def get_seq_length(self) -> int:
+        rows = self.cache.rows
+        return 0 if rows is None or not len(rows) else int(rows.host[0])
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        self.k, self.v, self.is_initialized = None, None, False
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        raise CacheError("a SpliceCache builds one prompt; reorder the RedKnotCache it was handed over to")
+
+
+class SpliceCache(Cache):
+    """What the model sees as its cache while a prompt is put together.
+
+    Args:
+        target: the (empty) cache that the result goes to: it decides layers, head rules and the prefill mode.
+        length: tokens of the prompt.
+        batch: prompts of equal layout.
+
+    Attributes:
+        rows: the rows of the running forward.
+        observer: who looks on, or None.
+
+    Raises:
+        UnsupportedModel: the model has layers that are not plain attention, or layers sharing keys.
+    """
+
+    def __init__(self, target: RedKnotCache, length: int, batch: int = 1):
+        if target.defers:
+            raise UnsupportedModel(f"{type(target.config).__name__}: layers that share keys cannot be spliced")
+        odd = [i for i, layer in enumerate(target.layers) if not isinstance(layer, RedKnotLayer)]
+        if odd:
+            raise UnsupportedModel(
+                f"{type(target.config).__name__}: layer {odd[0]} is a {type(target.layers[odd[0]]).__name__}; only layers of "
+                "plain attention can be spliced, because the state of others depends on everything before"
+            )
+        self.target, self.length, self.batch = target, length, batch
+        self.slots = -(-max(length, 1) // PAGE) * PAGE
+        self.rows: RowSet | None = None
+        self.observer: Observer | None = None
+        self.staged = self.consumed = 0
+        super().__init__(layers=[SpliceLayer(self, layer.index, layer.model_window) for layer in target.paged_layers])
+
+    def hand_over(self, tokens: int) -> None:
+        """Move the first ``tokens`` positions into the target; this cache is empty afterwards."""
+        self.target.adopt(_given_away(self, tokens), tokens)
+
+
+def _given_away(cache: SpliceCache, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for layer in cache.layers:
+        k, v = layer.release()
+        yield k[:, :, :tokens], v[:, :, :tokens]
+
+
+@torch.no_grad()
+def forward_rows(
+    model: torch.nn.Module, cache: SpliceCache, ids: torch.Tensor, rows: RowSet, observer: Observer | None = None
+) -> None:
+    """Run the model's decoder over ``rows``: ``ids`` ``[batch, n]`` int64 are their tokens. No logits are computed.
+
+    Raises:
+        UnsupportedModel: the model does not attend through the registered attention function.
+    """
+    if not len(rows):
+        return
+    if cache.target.attention_implementation != NAME:
+        raise RedKnotError(
+            f"the model runs attn_implementation={cache.target.attention_implementation!r}; reuse needs '{NAME}': call "
+            f"model.set_attn_implementation('{NAME}') or load the model with attn_implementation='{NAME}'"
+        )
+    cache.rows, cache.observer, cache.staged, cache.consumed = rows, observer, 0, 0
+    try:
+        decoder_of(model)(
+            input_ids=ids,
+            position_ids=rows.positions.expand(ids.shape[0], -1),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    finally:
+        cache.rows, cache.observer = None, None
+    if cache.consumed != cache.staged:
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not pass its keys on to the registered attention function, so its prompts cannot "
+            "be spliced"
+        )
+
+
+def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The model without its head on top."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return found if found is not None else model.base_model  # type: ignore[return-value]
+
+
+def decoder_layers(model: torch.nn.Module, count: int) -> torch.nn.ModuleList:
+    """The decoder's list of layers.
+
+    Raises:
+        UnsupportedModel: there is no list of ``count`` modules directly in the decoder.
+    """
+    for child in decoder_of(model).children():
+        if isinstance(child, torch.nn.ModuleList) and len(child) >= count:
+            return child
+    raise UnsupportedModel(
+        f"{type(model).__name__} has no list of {count} decoder layers, so the rows cannot change between layers: use a "
+        "selector that needs no early layers, such as 'boundary' or 'query_attention', with one ratio for all layers"
+    )
+
+
+@contextlib.contextmanager
+def narrow_rows(
+    model: torch.nn.Module, cache: SpliceCache, at: dict[int, Callable[[RowSet], np.ndarray]]
+) -> Iterator[None]:
+    """While inside, a forward drops rows on entry to some layers.
+
+    Args:
+        at: layer index -> function that is given the rows so far and returns the (ascending) indices of those to keep.
+
+    Everything that the decoder hands to its layers with one entry per row (hidden states, rotary tables, position ids) is
+    reduced alike.
+    """
+    layers = decoder_layers(model, len(cache.layers))
+    first: RowSet | None = None
+    kept: np.ndarray | None = None
+
+    def enter(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        nonlocal first, kept
+        rows = cache.rows
+        if rows is None:
+            return None
+        if first is None:
+            first = rows
+        mine = None
+        if index in at:
+            mine = at[index](rows)
+            if len(mine) < len(rows):
+                kept = mine if kept is None else kept[mine]
+                cache.rows = rows.take(mine)
+            else:
+                mine = None
+        if kept is None:
+            return None
+        everything = torch.from_numpy(kept).to(rows.device)
+        some = torch.from_numpy(mine).to(rows.device) if mine is not None else None
+
+        def of_state(x: torch.Tensor) -> torch.Tensor:  # comes from the layer before: has the rows that it ran on
+            return x if some is None else x.index_select(1, some)
+
+        length = len(first)
+        if args:
+            return (of_state(args[0]), *_gathered(args[1:], everything, length)), _gathered(kwargs, everything, length)
+        state = kwargs["hidden_states"]
+        kwargs = _gathered({k: v for k, v in kwargs.items() if k != "hidden_states"}, everything, length)
+        return args, {"hidden_states": of_state(state), **kwargs}
+
+    start = min(at, default=len(layers))
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs, index=index: enter(index, args, kwargs), with_kwargs=True
+        )
+        for index, layer in enumerate(layers)
+        if index >= start
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _gathered(value: Any, index: torch.Tensor, length: int) -> Any:
+    """``value`` with every tensor that has one entry per row of the forward reduced to ``index``."""
+    if type(value) is torch.Tensor:
+        if value.dim() >= 2 and value.shape[1] == length:
+            return value.index_select(1, index)
+        return value.index_select(0, index) if value.dim() == 1 and value.shape[0] == length else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_gathered(item, index, length) for item in value)
+    if type(value) is dict:
+        return {key: _gathered(item, index, length) for key, item in value.items()}
+    return value
