@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from . import compat
 from .errors import CacheError, RedKnotError, UnsupportedModel
 from .heads import HeadProfile
+from .kernel_path import Lengths
 from .layer import Handle, RedKnotLayer, Step, effective_window
 from .memory import MemoryReport
 from .paging.pages import KEEP_ALL, LayerPages
@@ -84,6 +86,7 @@ class RedKnotCache(Cache):
         self.padding: list[tuple[int, np.ndarray]] = []  # (first column, bool [batch, columns]) of chunks with padding
         self.step: Step | None = None
         self.last_handle: Handle | None = None
+        self._device_lens: dict[torch.device, torch.Tensor] = {}
         self._pools: dict[tuple[torch.device, torch.dtype, int, int], PagePool] = {}
         self._lock = threading.Lock()
 
@@ -203,13 +206,11 @@ class RedKnotCache(Cache):
         Raises:
             PoolExhausted: nothing of this forward has been stored then.
         """
-        if getattr(step, "reserved", None) is None:
-            step.reserved = set()  # type: ignore[attr-defined]
         assert layer.pages is not None and step.new is not None
         pool = layer.pages.pool
-        if id(pool) in step.reserved:  # type: ignore[attr-defined]
+        if id(pool) in step.reserved:
             return
-        step.reserved.add(id(pool))  # type: ignore[attr-defined]
+        step.reserved.add(id(pool))
         if step.length == 1 and step.start:
             return  # a decode step takes pages one by one
         wanted, alike = 0, layer.pages
@@ -223,6 +224,43 @@ class RedKnotCache(Cache):
         if layer.device.type == "cuda" and not step.start:
             wanted //= max(1, torch.cuda.device_count() if self.tp_size == 1 else 1)
         pool.reserve(wanted)
+
+    def adopt(self, layers: Iterable[tuple[torch.Tensor, torch.Tensor]], tokens: int) -> None:
+        """Take over keys and values that were computed elsewhere; local heads keep what the rule lets them keep.
+
+        Args:
+            layers: keys (rotated for positions 0, 1, ...) and values, ``[batch, kv_heads, tokens, dim]``, of every layer in
+                order; drawn one by one, so that a layer can be freed once it is stored.
+            tokens: how many, without padding.
+
+        Raises:
+            CacheError: the cache is not empty, or has layers that are not served from pages.
+            PoolExhausted: nothing has been stored then.
+        """
+        if self.seen or len(self.paged_layers) != len(self.layers):
+            raise CacheError(f"adopt() fills an empty cache of attention layers; this one holds {self.seen} tokens")
+        if not tokens:
+            return
+        step: Step | None = None
+        for layer, (k, v) in zip(self.paged_layers, layers, strict=True):
+            layer.lazy_initialization(k, v)
+            if step is None:
+                step = Step(0, tokens, layer.batch_size)
+                step.resolve(None, np.zeros(step.batch, np.int64))
+            layer.adopt(k, v, step)
+        self.seen = tokens
+
+    def lengths(self, step: Step, before: np.ndarray, device: torch.device) -> Lengths:
+        """Tokens stored around ``step``, on ``device``; counted there, uploaded only after rows were changed."""
+        if device not in step.lengths:
+            start = self._device_lens.get(device)
+            if start is None:
+                start = Lengths.upload(before, device)
+            fed = None if step.order is None else Lengths.upload(step.new, device)  # type: ignore[arg-type]
+            after = start + (step.length if fed is None else fed)
+            step.lengths[device] = Lengths(start, after, fed)
+            self._device_lens[device] = after
+        return step.lengths[device]
 
     def real_columns(self, batch: int, columns: int) -> np.ndarray:
         """Which logical columns hold real tokens, bool ``[batch, columns]``."""
@@ -246,7 +284,7 @@ class RedKnotCache(Cache):
         self.flush()
         if self.step is not None and self.step.fresh is not None:
             self.padding.append((self.step.start, self.step.fresh.cpu().numpy()))
-        self.step, self.last_handle = None, None
+        self.step, self.last_handle, self._device_lens = None, None, {}
 
     # ------------------------------------------------------------------------------- transformers' Cache contract
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -260,7 +298,7 @@ class RedKnotCache(Cache):
         """Forget every token; the pages are free again, and their memory is given back unless a fork uses it."""
         for layer in self.layers:
             layer.reset()
-        self.seen, self.padding, self.step, self.last_handle = 0, [], None, None
+        self.seen, self.padding, self.step, self.last_handle, self._device_lens = 0, [], None, None, {}
         self._pools = {key: pool for key, pool in self._pools.items() if pool.num_free < pool.num_pages - 1}
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -342,6 +380,7 @@ class RedKnotCache(Cache):
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.padding, twin._pools, twin._lock = list(self.padding), dict(self._pools), threading.Lock()
+        twin._device_lens = {}
         twin.layers = [
             layer.fork(twin) if isinstance(layer, RedKnotLayer) else copy.deepcopy(layer) for layer in self.layers
         ]

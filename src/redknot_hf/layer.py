@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from . import compat
+from . import compat, kernel_path
 from .attention import HANDLE, NAME
 from .errors import CacheError, UnsupportedModel
 from .masks import CacheLength, RedKnotMask
@@ -38,7 +38,8 @@ class Step:
         new: int64 ``[batch]``, real tokens of each row; None until the first layer has seen the mask.
         order: int64 ``[batch, length]`` that moves each row's real tokens to the front, or None without padding.
         pattern: bool ``[batch, 1, length, keys]`` when the mask is not causal.
-        attended: layers that have stored the chunk.
+        lengths: the tokens stored, for each device with kernels.
+        reserved: pools (by id) that have room for the step.
     """
 
     def __init__(self, start: int, length: int, batch: int):
@@ -48,6 +49,8 @@ class Step:
         self.fresh: torch.Tensor | None = None
         self.order: torch.Tensor | None = None
         self.pattern: torch.Tensor | None = None
+        self.lengths: dict[torch.device, kernel_path.Lengths] = {}
+        self.reserved: set[int] = set()
 
     def resolve(self, mask: Any, lens: np.ndarray) -> None:
         """Take padding and pattern from the mask; the first layer of the forward calls this, the others share it.
@@ -176,6 +179,7 @@ class RedKnotLayer(CacheLayerMixin):
         self.seen = 0
         self.rollback = cache.rollback
         self.pages: LayerPages | None = None
+        self.kernel: kernel_path.KernelLayer | None = None
         self.pending: Handle | None = None
 
     def __repr__(self) -> str:
@@ -271,59 +275,92 @@ class RedKnotLayer(CacheLayerMixin):
         single = step.length == 1 and step.order is None
         if handle.stored and not single:
             raise UnsupportedModel(
-                f"layer {self.index}: the attention function ran twice over one chunk, which a RedKnotCache does not serve; "
-                "use DynamicCache"
+                f"layer {self.index}: the attention function ran twice over one chunk, which a RedKnotCache does not "
+                "serve; use DynamicCache"
             )
         if not handle.stored:
-            pages = self._ready(step)
-        else:
-            pages = self.pages  # type: ignore[assignment]
-        plain_query = query.detach()
+            self._ready(step)
+        run = self._attend_kernels if self.kernel is not None else self._attend_torch
+        out = run(handle, query.detach(), spec, single)
+        return _NoBackward.apply(out) if torch.is_grad_enabled() and query.requires_grad else out
+
+    def _attend_torch(self, handle: Handle, query: torch.Tensor, spec: AttentionSpec, single: bool) -> torch.Tensor:
+        step, pages = handle.step, self.pages
+        assert pages is not None and step.new is not None
         if single:
             if not handle.stored:
                 pages.write(handle.k, handle.v, step.new)  # type: ignore[arg-type]
                 pages.advance(step.new)
                 self._stored(handle)
-            out = torch_attention.decode(pages, plain_query, spec)
-        else:
-            k, v = step.compact(handle.k), step.compact(handle.v)  # type: ignore[arg-type]
-            if step.pattern is not None:
-                out = torch_attention.masked(
-                    pages,
-                    plain_query,
-                    handle.k,
-                    handle.v,
-                    step.pattern,
-                    step.positions,
-                    spec,  # type: ignore[arg-type]
-                )
-                commit = not self.cache.defers
-                if commit:
-                    pages.write(k, v, step.new)
-                    pages.advance(step.new)
-            else:
-                unwindowed = self.cache.prefill == "full" and step.start == 0
-                commit = not self.cache.defers
-                out = torch_attention.prefill(
-                    pages, step.compact(plain_query), k, v, step.new, spec, unwindowed, commit
-                )
-                out = step.expand(out)
+            return torch_attention.decode(pages, query, spec)
+        k, v = step.compact(handle.k), step.compact(handle.v)  # type: ignore[arg-type]
+        commit = not self.cache.defers
+        if step.pattern is not None:
+            out = torch_attention.masked(pages, query, handle.k, handle.v, step.pattern, step.positions, spec)  # type: ignore[arg-type]
             if commit:
+                pages.write(k, v, step.new)
+                pages.advance(step.new)
+        else:
+            out = torch_attention.prefill(pages, step.compact(query), k, v, step.new, spec, self._unwindowed(step), commit)
+            out = step.expand(out)
+        if commit:
+            self._stored(handle)
+        return out
+
+    def _attend_kernels(self, handle: Handle, query: torch.Tensor, spec: AttentionSpec, single: bool) -> torch.Tensor:
+        step, pages, kernel = handle.step, self.pages, self.kernel
+        assert pages is not None and kernel is not None and step.new is not None
+        kernel.sync()
+        lengths = self.cache.lengths(step, pages.lens if not handle.stored else pages.lens - step.new, self.device)
+        few = 1 < step.length <= kernel_path.MAX_DECODE_ROWS and step.order is None and step.pattern is None
+        if single or (few and not self.cache.defers and pages.rollback >= step.length - 1 and bool(pages.lens.all())):
+            if not handle.stored:
+                kernel.append(handle.k, handle.v, lengths)  # type: ignore[arg-type]
+                pages.advance(step.new)
                 self._stored(handle)
-        return _NoBackward.apply(out) if torch.is_grad_enabled() and query.requires_grad else out
+            return kernel.decode(query, spec, lengths)
+        k, v = step.compact(handle.k), step.compact(handle.v)  # type: ignore[arg-type]
+        if step.pattern is not None:
+            out = torch_attention.masked(pages, query, handle.k, handle.v, step.pattern, step.positions, spec)  # type: ignore[arg-type]
+        else:
+            past = int(pages.lens.max(initial=0))
+            out = kernel.prefill(step.compact(query), k, v, spec, lengths, past, self._unwindowed(step))
+            out = step.expand(out)
+        if not self.cache.defers:
+            kernel.append(k, v, lengths)
+            pages.advance(step.new)
+            self._stored(handle)
+        return out
+
+    def _unwindowed(self, step: Step) -> bool:
+        return self.cache.prefill == "full" and step.start == 0
 
     def _ready(self, step: Step) -> LayerPages:
         """The page tables, with room for the step's tokens."""
         if self.pages is None:
             pool = self.cache.pool(self.device, self.dtype, self.key_dim, self.value_dim)
-            self.pages = LayerPages(
-                pool, self.sink, self.window, self.batch_size, self.rollback, contiguous=self.device.type == "cpu"
+            runs = self.device.type == "cpu"
+            self.pages = LayerPages(pool, self.sink, self.window, self.batch_size, self.rollback, contiguous=runs)
+            missing = kernel_path.unavailable(
+                self.device, self.dtype, self.key_dim, self.value_dim, self.cache.page_size
             )
+            self.kernel = None if missing else kernel_path.KernelLayer(self.pages)
         self.cache.reserve(self, step)
         if self.cache.recording and 1 < step.length <= 256:
             self.set_rollback(max(self.rollback, step.length))
         self.pages.prepare(step.new)  # type: ignore[arg-type]
         return self.pages
+
+    def adopt(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        """Store a whole prompt ``[batch, kv_heads, n, dim]`` in an empty layer; see `RedKnotCache.adopt`."""
+        pool = self.cache.pool(self.device, self.dtype, self.key_dim, self.value_dim)
+        # runs of neighbouring pages are written as views, on any device
+        self.pages = LayerPages(pool, self.sink, self.window, self.batch_size, self.rollback, contiguous=True)
+        pages = self._ready(step)
+        pages.write(k, v, step.new)  # type: ignore[arg-type]
+        pages.advance(step.new)  # type: ignore[arg-type]
+        pages.contiguous = self.device.type == "cpu"
+        self.seen = step.length
 
     def _stored(self, handle: Handle) -> None:
         handle.release()
@@ -344,8 +381,12 @@ class RedKnotLayer(CacheLayerMixin):
         if handle is None or handle.stored or handle.step.new is None or self.pages is None:
             return
         step = handle.step
-        self.pages.write(step.compact(handle.k), step.compact(handle.v), step.new)  # type: ignore[arg-type]
-        self.pages.advance(step.new)  # type: ignore[arg-type]
+        k, v = step.compact(handle.k), step.compact(handle.v)  # type: ignore[arg-type]
+        if self.kernel is not None:
+            self.kernel.append(k, v, self.cache.lengths(step, self.pages.lens, self.device))
+        else:
+            self.pages.write(k, v, step.new)
+        self.pages.advance(step.new)
         handle.release()
 
     # -------------------------------------------------------------------------------------------------- lengths
@@ -367,7 +408,7 @@ class RedKnotLayer(CacheLayerMixin):
     def reset(self) -> None:
         if self.pages is not None:
             self.pages.free()
-        self.pages, self.pending, self.seen = None, None, 0
+        self.pages, self.kernel, self.pending, self.seen = None, None, None, 0
         if self.is_initialized:
             self.is_initialized = False
             del self.batch_size
@@ -388,6 +429,7 @@ class RedKnotLayer(CacheLayerMixin):
         twin.__dict__.update(self.__dict__)
         twin.cache, twin.pending = cache, None
         twin.pages = self.pages.fork() if self.pages is not None else None
+        twin.kernel = kernel_path.KernelLayer(twin.pages) if self.kernel is not None else None
         return twin
 
     # the base class's own batch, crop and reorder methods work on dense tensors; RedKnotCache handles these for all layers

@@ -1,0 +1,136 @@
+"""Attention over pages on GPUs: hands page tables and lengths to the `segpaged_attention` operators.
+
+The same three things as `paging.torch_attention` does (store a chunk, decode, prefill), with everything the kernels read
+on the device. A decode step uploads nothing: the table goes up when it changes (once per page), lengths count there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import segpaged_attention as ops
+import torch
+
+from .paging.pages import KEEP_ALL, LayerPages
+from .paging.torch_attention import AttentionSpec
+
+MAX_DECODE_ROWS = 8
+
+
+def unavailable(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, page_size: int) -> str | None:
+    """Why the kernels cannot serve such a layer, or None."""
+    if not ops.is_available(device):
+        return f"no kernels for {device}"
+    return ops.supported(key_dim, dtype, page_size, 1) or ops.supported(value_dim, dtype, page_size, 1)
+
+
+@dataclass
+class Lengths:
+    """Tokens stored, on the device of a layer.
+
+    Attributes:
+        before, after: int32 ``[batch]``, around the step.
+        fed: int32 ``[batch]``, real tokens of each row in this step; None when every column is real.
+    """
+
+    before: torch.Tensor
+    after: torch.Tensor
+    fed: torch.Tensor | None
+
+    @classmethod
+    def upload(cls, before: np.ndarray, device: torch.device) -> torch.Tensor:
+        return torch.from_numpy(before.astype(np.int32)).to(device, non_blocking=True)
+
+
+class KernelLayer:
+    """The device side of one layer's page tables.
+
+    Attributes:
+        table: int32 ``[batch, kv_heads, max_pages]``; sink, window, ring: int32 ``[kv_heads]``.
+        order: int32 ``[kv_heads]``, heads that keep everything first; num_full: how many those are.
+    """
+
+    def __init__(self, pages: LayerPages):
+        self.pages, self.device = pages, pages.pool.k.device
+        self.version = -1
+        order = np.concatenate([pages.full_heads, pages.ring_heads])
+        self.order, self.num_full = self._upload(order), len(pages.full_heads)
+        self.sync()
+
+    def _upload(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, np.int32)).to(self.device, non_blocking=True)
+
+    def sync(self) -> None:
+        """Bring table and rings up to date with the host's."""
+        pages = self.pages
+        if self.version == pages.version:
+            return
+        self.version = pages.version
+        self.table = self._upload(pages.table)
+        self.sink, self.window, self.ring = map(self._upload, (pages.sink, pages.window, pages.ring))
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, lengths: Lengths) -> None:
+        """Store a compact chunk ``[batch, kv_heads, n, dim]``."""
+        pool = self.pages.pool
+        start = None if lengths.fed is None else torch.zeros_like(lengths.fed)
+        with pool.lock:
+            ops.append(
+                k, v, pool.k, pool.v, self.table, lengths.before, self.sink, self.ring, q_start=start, q_len=lengths.fed
+            )
+
+    def decode(self, q: torch.Tensor, spec: AttentionSpec, lengths: Lengths) -> torch.Tensor:
+        """The last ``n`` stored tokens of every row, ``q [batch, q_heads, n, dim]`` -> ``[batch, n, q_heads, dim]``."""
+        pool = self.pages.pool
+        return ops.decode(
+            q,
+            pool.k,
+            pool.v,
+            self.table,
+            lengths.after,
+            self.sink,
+            self.window,
+            self.ring,
+            spec.scale,
+            spec.softcap,
+            None if spec.s_aux is None else spec.s_aux.float(),
+            spec.model_window,
+            exact_positions=self.pages.rollback > 0,
+        )
+
+    def prefill(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spec: AttentionSpec,
+        lengths: Lengths,
+        past: int,
+        unwindowed: bool,
+    ) -> torch.Tensor:
+        """A compact chunk over the stored past and itself, before `append`; ``past``: most tokens stored in a row."""
+        pool = self.pages.pool
+        window, full = self.window, self.num_full
+        if unwindowed:
+            window, full = torch.full_like(window, KEEP_ALL), len(window)
+        return ops.prefill(
+            q,
+            k,
+            v,
+            pool.k,
+            pool.v,
+            self.table,
+            lengths.before,
+            self.sink,
+            window,
+            self.ring if not unwindowed else window,
+            spec.scale,
+            spec.softcap,
+            None if spec.s_aux is None else spec.s_aux.float(),
+            spec.model_window,
+            q_start=None if lengths.fed is None else torch.zeros_like(lengths.fed),
+            q_len=lengths.fed,
+            head_order=self.order,
+            num_global=full,
+            past_len_hint=past,
+        )
