@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import threading
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 
 from . import compat
 from .errors import CacheError, RedKnotError, UnsupportedModel
@@ -24,6 +25,7 @@ from .layer import Handle, RedKnotLayer, Step, effective_window
 from .memory import MemoryReport
 from .paging.pages import KEEP_ALL, LayerPages
 from .paging.pool import PagePool
+from .static import StaticRedKnotLayer, StaticState
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,12 @@ class RedKnotCache(Cache):
             raise RedKnotError(f"config={type(config).__name__}: expected the model's config, e.g. model.config")
         self.config = compat.text_config(config)
         self.profile = _resolve_profile(config, profile)
+        if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
+            raise RedKnotError(f"max_cache_len={max_cache_len!r}: expected a number of tokens, or None to grow")
         self.prefill, self.page_size, self.rollback = prefill, page_size, rollback
+        self.max_cache_len = max_cache_len
+        self._states: dict[torch.device, StaticState] = {}
+        self._budget = 0  # tokens that surely still fit into a static cache
         self.tp_rank, self.tp_size = tp_rank, tp_size
         self.recording = False
         self.seen = 0
@@ -94,7 +101,15 @@ class RedKnotCache(Cache):
         if not template:
             raise UnsupportedModel(f"{type(self.config).__name__} has no layers that keep keys and values")
         self.defers = compat.shares_kv(self.config, template)
-        super().__init__(layers=[self._layer(index, plain) for index, plain in enumerate(template)])
+        fixed = template
+        if max_cache_len is not None:
+            if self.defers:
+                raise UnsupportedModel(
+                    f"max_cache_len with {type(self.config).__name__}: layers that share keys have no static form; build "
+                    "the cache without max_cache_len"
+                )
+            fixed = StaticCache(config=self.config, max_cache_len=max_cache_len).layers
+        super().__init__(layers=[self._layer(i, plain, fixed[i]) for i, plain in enumerate(template)])
 
     @classmethod
     def for_model(cls, model: Any, profile: HeadProfile | str | None = None, **options: Any) -> RedKnotCache:
@@ -102,14 +117,15 @@ class RedKnotCache(Cache):
         rank, size = compat.tensor_parallel(model)
         return cls(model.config, profile, tp_rank=rank, tp_size=size, **options)
 
-    def _layer(self, index: int, plain: Any) -> Any:
-        """Pages instead of an ordinary attention layer; linear, chunked, indexed and other layers stay what they are."""
-        chunked = _is_chunked(self.config, index)
-        if type(plain) is DynamicLayer:
-            return RedKnotLayer(self, index)
-        if type(plain) is DynamicSlidingWindowLayer and not chunked:
-            return RedKnotLayer(self, index, plain.sliding_window)
-        return plain
+    def _layer(self, index: int, plain: Any, fixed: Any) -> Any:
+        """Pages instead of an ordinary attention layer; linear, chunked, indexed and others stay what they are."""
+        sliding = type(plain) is DynamicSlidingWindowLayer and not _is_chunked(self.config, index)
+        if type(plain) is not DynamicLayer and not sliding:
+            return fixed
+        window = plain.sliding_window if sliding else None
+        if self.max_cache_len is not None:
+            return StaticRedKnotLayer(self, index, window, self.max_cache_len)
+        return RedKnotLayer(self, index, window)
 
     @property
     def paged_layers(self) -> list[RedKnotLayer]:
@@ -176,6 +192,8 @@ class RedKnotCache(Cache):
             return step
 
     def _begin(self, length: int, layer: RedKnotLayer) -> None:
+        self.announce(length)
+        self._pull()
         if self.seen:
             behind = [other.index for other in self.paged_layers if other.seen not in (0, self.seen)]
             missing = [o.index for o in self.paged_layers if o.seen == 0 and o.is_initialized]
@@ -199,6 +217,52 @@ class RedKnotCache(Cache):
             "cache from model.config), or its attention changes the keys after the cache, which a RedKnotCache cannot "
             "serve. Call cache.reset() before using the cache again"
         )
+
+    # ------------------------------------------------------------------------------------------- the static form
+    def static_state(self, device: torch.device, batch: int) -> tuple[StaticState, bool]:
+        """The counts of ``device``, and whether the asking layer is the first there (it counts each step)."""
+        known = device in self._states
+        if not known:
+            assert self.max_cache_len is not None
+            self._states[device] = StaticState(device, batch, self.max_cache_len)
+        return self._states[device], not known
+
+    def settle_states(self) -> None:
+        """A forward is through: the next one may be a decode step."""
+        for state in self._states.values():
+            state.decoding = state.started
+
+    def announce(self, tokens: int) -> None:
+        """``tokens`` more are coming: refuse what a static cache cannot hold, before anything is stored.
+
+        It may be called more often than tokens come. Only when that count has used up what surely fits is the device
+        asked, so a decode step waits for nothing.
+
+        Raises:
+            CacheError: more tokens than ``max_cache_len``.
+        """
+        if self.max_cache_len is None:
+            return
+        self._budget -= tokens
+        if self._budget >= 0:
+            return
+        seen = int(next(iter(self._states.values())).seen) if self._states else 0
+        if seen + tokens > self.max_cache_len:
+            raise CacheError(
+                f"the cache holds at most max_cache_len={self.max_cache_len} tokens: {seen} are stored and {tokens} come. "
+                "Build it with a larger max_cache_len (prompt + new tokens), or without one"
+            )
+        self._budget = self.max_cache_len - seen - tokens
+
+    def _pull(self) -> None:
+        """Learn what compiled steps have counted on the device."""
+        if not self._states:
+            return
+        self.seen, lens = next(iter(self._states.values())).pull()
+        for layer in self.paged_layers:
+            layer.seen = self.seen
+            if layer.pages is not None:
+                layer.pages.advance(lens - layer.pages.lens)
 
     def reserve(self, layer: RedKnotLayer, step: Step) -> None:
         """Grow the pool once for all layers of a forward, so that no memory is moved and no layer fails half way.
@@ -258,6 +322,8 @@ class RedKnotCache(Cache):
                 start = Lengths.upload(before, device)
             fed = None if step.order is None else Lengths.upload(step.new, device)  # type: ignore[arg-type]
             after = start + (step.length if fed is None else fed)
+            if device in self._states:  # counted in place already
+                start, after = self._states[device].before, self._states[device].after
             step.lengths[device] = Lengths(start, after, fed)
             self._device_lens[device] = after
         return step.lengths[device]
@@ -281,6 +347,7 @@ class RedKnotCache(Cache):
 
     def _settle(self) -> None:
         """Before the rows are changed from outside: everything stored, no step open."""
+        self._pull()
         self.flush()
         if self.step is not None and self.step.fresh is not None:
             self.padding.append((self.step.start, self.step.fresh.cpu().numpy()))
@@ -299,6 +366,7 @@ class RedKnotCache(Cache):
         for layer in self.layers:
             layer.reset()
         self.seen, self.padding, self.step, self.last_handle, self._device_lens = 0, [], None, None, {}
+        self._budget = 0
         self._pools = {key: pool for key, pool in self._pools.items() if pool.num_free < pool.num_pages - 1}
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -322,6 +390,9 @@ class RedKnotCache(Cache):
                 for layer in layers:
                     layer.pages.crop(real)  # type: ignore[union-attr]
                     layer.seen -= removed
+                for state in self._states.values():
+                    state.push(self.seen - removed, layers[0].pages.lens, layers[0].pages.lens)  # type: ignore[union-attr]
+                self.settle_states()
             self.seen -= removed
             self.padding = [
                 (start, fresh[:, : self.seen - start]) for start, fresh in self.padding if start < self.seen
@@ -380,11 +451,88 @@ class RedKnotCache(Cache):
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.padding, twin._pools, twin._lock = list(self.padding), dict(self._pools), threading.Lock()
-        twin._device_lens = {}
+        twin._device_lens, twin._states = {}, {}
         twin.layers = [
             layer.fork(twin) if isinstance(layer, RedKnotLayer) else copy.deepcopy(layer) for layer in self.layers
         ]
         return twin
+
+    # ------------------------------------------------------------------------------------------------- sessions
+    def save(self, path: str | os.PathLike[str], *, model: torch.nn.Module | None = None, label: str = "") -> int:
+        """Write the session to one file, whole or not at all; returns the file's size in bytes.
+
+        Args:
+            path: the file; one that exists is replaced once the new one is complete. By convention ``*.safetensors``.
+            model: adds a fingerprint of its weights, which `load` compares (one pass over the weights the first time).
+            label: up to 1024 characters of your own, kept in the file.
+
+        Raises:
+            RedKnotError: the disk is full or refuses; the old file is unchanged then.
+            CacheError: a forward was interrupted, or a layer keeps a state that cannot be saved.
+        """
+        from .sessions.files import save_session
+
+        return save_session(self, path, model=model, label=label)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: Any,
+        *,
+        device: torch.device | str | None = None,
+        verify: bool = True,
+        max_bytes: int | None = None,
+    ) -> RedKnotCache:
+        """The session saved at ``path``; it continues bit by bit like the one that was saved.
+
+        Args:
+            path: what `save` wrote. The file is mapped and may be deleted or replaced afterwards.
+            config: the model's config (``model.config`` itself), or the model: then its dtype and, if the file has a
+                fingerprint, its weights are compared, and its device is taken.
+            device: where the pages go; None: where they were, or the model's device.
+            verify: check the checksum of the keys and values.
+            max_bytes: the most that the pages may take; None: 64 times the size of the file, at least 256 MiB.
+
+        Raises:
+            DamagedFile: truncated or damaged; nothing was loaded.
+            RedKnotError: it belongs to another model, layout or release, or does not fit.
+        """
+        from .sessions.files import load_session
+
+        return load_session(cls, path, config, device=device, verify=verify, max_bytes=max_bytes)
+
+    def offload(self, layer_idx: int | None = None, only_non_sliding: bool = True) -> int:
+        """Move all tokens to host memory and give the pages back; returns the bytes moved.
+
+        The cache stays usable: it comes back by itself when it is used, or ahead of time with `prefetch`. Pages shared
+        with a fork are copied; the fork keeps its own. With ``layer_idx`` this is the method that transformers calls in
+        its own offloading mode, which a RedKnotCache does not use.
+
+        Raises:
+            CacheError: the host has no memory; nothing has changed then.
+        """
+        if layer_idx is not None:
+            super().offload(layer_idx, only_non_sliding)
+            return 0
+        from .sessions.sleep import offload_cache
+
+        return offload_cache(self)
+
+    def prefetch(self, layer_idx: int | None = None, only_non_sliding: bool = True) -> int:
+        """Bring an offloaded cache back to its device; returns the bytes moved, 0 if it was there.
+
+        On CUDA the copies run on a stream of their own and the call does not wait for them.
+
+        Raises:
+            PoolExhausted: the device has no memory for it; the cache stays on the host.
+        """
+        if layer_idx is not None:
+            super().prefetch(layer_idx, only_non_sliding)
+            return 0
+        from .sessions.sleep import prefetch_cache
+
+        return prefetch_cache(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RedKnotCache:
         memo[id(self)] = twin = self.fork()
@@ -408,16 +556,23 @@ class RedKnotCache(Cache):
 
     def memory_report(self) -> MemoryReport:
         """Bytes by allocator, by pages and by tokens; see `MemoryReport`."""
+        self._pull()
         self.flush()
         held: dict[int, tuple[PagePool, list[np.ndarray]]] = {}
         live_heads: list[list[int]] = []
         ideal_heads: list[list[int]] = []
-        tables = dense = 0
+        tables = dense = cold = 0
         for layer in self.layers:
             pages = layer.pages if isinstance(layer, RedKnotLayer) else None
             if pages is None:
                 live_heads.append([])
                 ideal_heads.append([])
+                continue
+            if getattr(pages, "asleep", False):  # offloaded: asking for its pages would bring them back
+                live_heads.append(pages.rows_per_head_bytes())
+                ideal_heads.append(live_heads[-1])
+                cold += pages.host_bytes
+                dense += pages.batch_size * pages.num_heads * self.seen * pages.token_bytes
                 continue
             token = pages.pool.page_bytes // pages.pool.page_size
             held.setdefault(id(pages.pool), (pages.pool, []))[1].append(pages.table[pages.table > 0])
@@ -428,14 +583,15 @@ class RedKnotCache(Cache):
         live = sum(len(np.unique(np.concatenate(lists))) * pool.page_bytes for pool, lists in held.values())
         allocated = sum(pool.allocated_bytes for pool, _ in held.values())
         return MemoryReport(
-            allocated=allocated + tables,
-            live=live + tables,
+            allocated=allocated + tables + cold,
+            live=live + tables + cold,
             ideal=sum(map(sum, ideal_heads)),
             dense=dense,
             tables=tables,
             live_per_head=live_heads,
             ideal_per_head=ideal_heads,
             hot=live + tables,
+            cold=cold,
         )
 
 

@@ -301,7 +301,9 @@ class RedKnotLayer(CacheLayerMixin):
                 pages.write(k, v, step.new)
                 pages.advance(step.new)
         else:
-            out = torch_attention.prefill(pages, step.compact(query), k, v, step.new, spec, self._unwindowed(step), commit)
+            out = torch_attention.prefill(
+                pages, step.compact(query), k, v, step.new, spec, self._unwindowed(step), commit
+            )
             out = step.expand(out)
         if commit:
             self._stored(handle)
