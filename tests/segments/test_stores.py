@@ -305,7 +305,9 @@ def test_verify_finds_exactly_the_damaged_entries(backend):
         for i in range(3):
             store.put(make_key(i), make_entry(i))
         backend.set_raw(make_key(1).hex, flipped_in_the_tensors(backend.raw(make_key(1).hex)))
+        used = [(r.key, r.last_used) for r in store.list()]
         bad = {record.key for record, problem in store.verify() if problem}
+        assert [(r.key, r.last_used) for r in store.list()] == used, "looking is not using"
         assert bad == {make_key(1).hex} and len(store.list()) == 3
         list(store.verify(delete=True))
         assert {r.key for r in store.list()} == {make_key(0).hex, make_key(2).hex}

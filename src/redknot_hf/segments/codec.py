@@ -133,7 +133,8 @@ def encode(entry: SegmentEntry, *, secret: bytes | None = None) -> list[memoryvi
         if tensor.dtype not in _NAMES:
             raise RedKnotError(f"entry.tensors[{name!r}]: cannot store {tensor.dtype}; one of {sorted(_DTYPES)} can be")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        view = memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"").cast("B")
+        content: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+        view = memoryview(content).cast("B")
         table[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),

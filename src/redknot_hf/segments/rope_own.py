@@ -36,7 +36,8 @@ class OwnRotary:
         if function is None:
             return None
         forward = inspect.signature(inspect.unwrap(type(rotary).forward))
-        types = getattr(model.config.get_text_config(), "layer_types", None)
+        config: Any = model.config
+        types = getattr(config.get_text_config(), "layer_types", None)
         arguments = {"layer_type": types[layer]} if "layer_type" in forward.parameters and types else {}
         return cls(rotary, function, arguments)
 
@@ -63,7 +64,7 @@ def _find(model: torch.nn.Module) -> torch.nn.Module | None:
 
 
 def _frozen(rotary: torch.nn.Module) -> torch.nn.Module:
-    frozen = copy.deepcopy(rotary)
+    frozen: Any = copy.deepcopy(rotary)
     kind = getattr(frozen, "rope_type", None)
     if kind is not None:
         frozen.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"

@@ -72,9 +72,9 @@ def probe(model: torch.nn.Module, delta: int = 37) -> ProbeReport:
     at_0, at_d, far = (_keys_at(model, p) for p in (0, delta, _far(model)))
     worst_abs, worst_rel, moved = 0.0, 0.0, math.inf
     for i, rope in enumerate(relocator.layers):
-        if at_0[i] is None or at_d[i] is None or far[i] is None:
-            continue
         a, b, c = at_0[i], at_d[i], far[i]
+        if a is None or b is None or c is None:
+            continue
         back = delta - _far(model)
         steps = _positions(a)
         for got in (
@@ -223,8 +223,13 @@ def _frequencies(model: torch.nn.Module) -> list[torch.Tensor]:
     return distinct
 
 
+def _text_config(model: torch.nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config()
+
+
 def _far(model: torch.nn.Module) -> int:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
+    longest = getattr(_text_config(model), "max_position_embeddings", None) or 4096
     return max(1, min(_SHIFT, longest - _TOKENS - 1))
 
 
@@ -244,10 +249,11 @@ def _keys_at(model: torch.nn.Module, first: int) -> list[torch.Tensor | None]:
             f"model: {type(model).__name__} takes no position_ids (ALiBi or learned positions), so keys cannot be "
             "computed elsewhere and compared"
         )
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = _text_config(model).vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(3, vocabulary - 1), min(vocabulary, 1000), (1, _TOKENS), generator=generator)
-    device = model.get_input_embeddings().weight.device
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device = embeddings.weight.device
     positions = torch.arange(first, first + _TOKENS)[None]
     cache = DynamicCache(config=model.config)
     with _evaluating(model):
@@ -256,7 +262,7 @@ def _keys_at(model: torch.nn.Module, first: int) -> list[torch.Tensor | None]:
         )  # fmt: skip
     keys: list[torch.Tensor | None] = []
     for layer in cache.layers:
-        k = getattr(layer, "keys", None)
+        k: Any = getattr(layer, "keys", None)
         usable = isinstance(k, torch.Tensor) and k.dim() == 4 and k.numel() > 0
         keys.append(k.float().cpu() if usable else None)
     return keys
@@ -311,7 +317,7 @@ def _estimate(model: torch.nn.Module, layer: int, near: torch.Tensor, tolerance:
     """
     if tolerance > 1e-3:
         return None
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
+    longest = getattr(_text_config(model), "max_position_embeddings", None) or 4096
     shifts = [d for d in (1, 8, 64, 512) if d + _TOKENS < longest]
     observed = {d: _keys_at(model, d)[layer] for d in shifts}
     last = observed[shifts[-1]]

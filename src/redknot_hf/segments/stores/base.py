@@ -13,9 +13,9 @@ This module does not know how any store keeps its bytes, nor what an entry means
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import threading
@@ -36,16 +36,20 @@ from redknot_hf.segments.stores.types import (
     redact,
 )
 
-__all__ = ["Batch", "BytesStore", "Key", "SegmentStore"]
+__all__ = ["Batch", "BytesStore", "Entries", "Flags", "Key", "Records", "SegmentStore"]
 
 logger = logging.getLogger("redknot_hf.segments.stores")
 
 T = TypeVar("T")
 Key = SegmentKey | str
 Batch = Iterable[tuple[Key, SegmentEntry]]
+# The class has a method called `list`, which hides the type in its annotations.
+Flags = list[bool]
+Entries = list[SegmentEntry | None]
+Records = list[StoreRecord]
 
 
-class SegmentStore(abc.ABC):
+class SegmentStore:
     """`SegmentStore(url)` opens a store; several urls or stores in a list make a tier chain.
 
     Args:
@@ -114,11 +118,15 @@ class SegmentStore(abc.ABC):
         """The entry, or None. Its tensors are on the host and belong to the store: never write to them."""
         return self.get_many([key])[0]
 
-    def get_many(self, keys: Sequence[Key]) -> list[SegmentEntry | None]:
+    def get_many(self, keys: Sequence[Key]) -> Entries:
         """One result per key, in order; fewer round trips than as many `get`s."""
         names = [key_hex(key) for key in keys]
-        raw = self._guard("get", lambda: self._load_many(names), [None] * len(names))
+        nothing: Sequence[Any] = [None] * len(names)
+        raw = self._guard("get", lambda: self._load_many(names), nothing)
         found = [self._checked(key, name, item) for key, name, item in zip(keys, names, raw, strict=True)]
+        hits = [name for name, entry in zip(names, found, strict=True) if entry is not None]
+        if hits:
+            self._guard("get", lambda: self._touch(hits), None)
         with self._lock:
             self._stat.hits += sum(entry is not None for entry in found)
             self._stat.misses += sum(entry is None for entry in found)
@@ -132,7 +140,7 @@ class SegmentStore(abc.ABC):
         """
         return self.put_many([(key, entry)])[0]
 
-    def put_many(self, items: Batch) -> list[bool]:
+    def put_many(self, items: Batch) -> Flags:
         """Store several entries; one result each."""
         named = [(key_hex(key), _stamped(key, entry)) for key, entry in items]
         if not named:
@@ -153,7 +161,7 @@ class SegmentStore(abc.ABC):
         name = key_hex(key)
         return self._guard("delete", lambda: self._remove(name), False)
 
-    def list(self) -> list[StoreRecord]:
+    def list(self) -> Records:
         """All entries, least recently used first. Raises StoreUnavailable."""
         return sorted(self._admin(self._records), key=lambda record: (record.last_used, record.key))
 
@@ -175,7 +183,7 @@ class SegmentStore(abc.ABC):
         for record in records:
             too_old = older_than is not None and now - record.last_used > older_than
             if too_old or (ceiling is not None and total > ceiling):
-                self._admin(lambda name=record.key: self._remove(name))
+                self._admin(functools.partial(self._remove, record.key))
                 total -= record.nbytes
                 report.removed += 1
                 report.freed_bytes += record.nbytes
@@ -183,14 +191,15 @@ class SegmentStore(abc.ABC):
         return report
 
     def verify(self, *, delete: bool = False) -> Iterator[tuple[StoreRecord, str | None]]:
-        """Read every entry in full; yields (record, what is wrong or None). Raises StoreUnavailable.
+        """Read every entry in full; yields (record, what is wrong or None). It does not count as a use of the entries.
+        Raises StoreUnavailable.
 
         Args:
             delete: remove the entries that are damaged (never those that are only unreadable here).
         """
         for record in self.list():
             try:
-                item = self._admin(lambda name=record.key: self._load_many([name]))[0]
+                item = self._admin(functools.partial(self._load_many, [record.key]))[0]
                 if item is not None:
                     self._open(record.key, item, "full")
                 yield record, None if item is not None else "vanished"
@@ -198,10 +207,10 @@ class SegmentStore(abc.ABC):
                 yield record, str(e)
             except CorruptEntry as e:
                 if delete:
-                    self._admin(lambda name=record.key: self._remove(name))
+                    self._admin(functools.partial(self._remove, record.key))
                 yield record, str(e)
 
-    def close(self) -> None:  # noqa: B027 - most stores have nothing to close
+    def close(self) -> None:
         """Give connections and memory back. Entries that were handed out stay valid."""
 
     def __enter__(self) -> SegmentStore:
@@ -216,27 +225,30 @@ class SegmentStore(abc.ABC):
     # -- what a kind of store implements ---------------------------------------------------------------------------
     # Any of these may raise StoreUnavailable, StoreFull or OSError.
 
-    @abc.abstractmethod
     def _load_many(self, names: Sequence[str]) -> Sequence[Any]:
         """For each key what `_open` takes, an exception to report for it (CorruptEntry), or None."""
+        raise NotImplementedError
 
-    @abc.abstractmethod
     def _open(self, name: str, item: Any, verify: Verify) -> SegmentEntry:
         """The entry of a loaded item. Raises CorruptEntry or UnreadableEntry."""
+        raise NotImplementedError
 
-    @abc.abstractmethod
-    def _save_many(self, items: Sequence[tuple[str, SegmentEntry]]) -> list[bool]: ...
+    def _save_many(self, items: Sequence[tuple[str, SegmentEntry]]) -> Flags:
+        raise NotImplementedError
 
-    @abc.abstractmethod
-    def _has(self, name: str) -> bool: ...
+    def _has(self, name: str) -> bool:
+        raise NotImplementedError
 
-    @abc.abstractmethod
-    def _remove(self, name: str) -> bool: ...
+    def _remove(self, name: str) -> bool:
+        raise NotImplementedError
 
-    @abc.abstractmethod
-    def _records(self) -> Iterable[StoreRecord]: ...
+    def _records(self) -> Iterable[StoreRecord]:
+        raise NotImplementedError
 
-    def _sweep(self, report: GcReport) -> None:  # noqa: B027 - most stores write in one step and leave nothing
+    def _touch(self, names: Sequence[str]) -> None:
+        """Note that these entries were used just now, if this kind of store has a place for it."""
+
+    def _sweep(self, report: GcReport) -> None:
         """Remove what interrupted writes have left behind."""
 
     # -- faults ----------------------------------------------------------------------------------------------------
@@ -268,7 +280,8 @@ class SegmentStore(abc.ABC):
                 return self._open(name, item, self.verify_mode)
             except CorruptEntry:
                 time.sleep(0.02)
-                again = self._guard("get", lambda: self._load_many([name]), [None])[0]
+                nothing: Sequence[Any] = [None]
+                again = self._guard("get", lambda: self._load_many([name]), nothing)[0]
                 item = item if again is None else again
         return self._open(name, item, self.verify_mode)
 
@@ -330,7 +343,7 @@ class SegmentStore(abc.ABC):
             text = text.replace(part, "***")
         return text
 
-    def _victims(self, records: Iterable[StoreRecord], incoming: int, name: str = "") -> list[StoreRecord]:
+    def _victims(self, records: Iterable[StoreRecord], incoming: int, name: str = "") -> Records:
         """Which entries must go so that `incoming` more bytes fit under the ceiling; `name` is replaced."""
         if self.max_bytes is None:
             return []
@@ -352,13 +365,13 @@ class SegmentStore(abc.ABC):
 class BytesStore(SegmentStore):
     """A store that keeps each entry as one string of bytes: `_read`, `_write`, `_has`, `_remove`, `_records`."""
 
-    @abc.abstractmethod
     def _read(self, name: str) -> Any:
         """A buffer (best: a private writable one), or None if there is no such entry. May raise CorruptEntry."""
+        raise NotImplementedError
 
-    @abc.abstractmethod
     def _write(self, name: str, parts: Sequence[memoryview], nbytes: int) -> None:
         """Store the concatenation of `parts`; afterwards a reader sees all of it or the former entry, never a part."""
+        raise NotImplementedError
 
     def _load_many(self, names: Sequence[str]) -> Sequence[Any]:
         items: list[Any] = []
@@ -372,7 +385,7 @@ class BytesStore(SegmentStore):
     def _open(self, name: str, item: Any, verify: Verify) -> SegmentEntry:
         return decode(item, key=name, secret=self._secret, verify=verify)
 
-    def _save_many(self, items: Sequence[tuple[str, SegmentEntry]]) -> list[bool]:
+    def _save_many(self, items: Sequence[tuple[str, SegmentEntry]]) -> Flags:
         return [self._save(name, entry) for name, entry in items]
 
     def _save(self, name: str, entry: SegmentEntry) -> bool:

@@ -43,7 +43,8 @@ class LocalFileStore(BytesStore):
     """`file:///directory` or a path object.
 
     Args:
-        url: the directory; made if it does not exist.
+        url: the directory.
+        create: make it if it does not exist, instead of refusing.
         mmap_load: map files instead of reading them. Turn it off on network file systems where another machine may
             remove a file that is mapped here.
         fsync: have each entry on the disk before it gets its name. Without it a power cut may leave a damaged entry,
@@ -53,11 +54,15 @@ class LocalFileStore(BytesStore):
 
     tier = "file"
 
-    def __init__(self, url: Any, *, mmap_load: bool = True, fsync: bool = True, **options: Any) -> None:
+    def __init__(
+        self, url: Any, *, create: bool = True, mmap_load: bool = True, fsync: bool = True, **options: Any
+    ) -> None:
         super().__init__(url, **options)
         self.root = _directory(url)
         self._mmap = mmap_load
         self._fsync = fsync
+        if not create and not self.root.is_dir():
+            raise RedKnotError(f"url: {self.root} is not a directory")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -90,9 +95,12 @@ class LocalFileStore(BytesStore):
                 buffer = _read_all(fd, size)
         finally:
             os.close(fd)
-        with contextlib.suppress(OSError):  # a read-only store has no order of use, and that is fine
-            os.utime(path)
         return buffer
+
+    def _touch(self, names: Sequence[str]) -> None:
+        for name in names:
+            with contextlib.suppress(OSError):  # a read-only store has no order of use, and that is fine
+                os.utime(self._path(name))
 
     def _write(self, name: str, parts: Sequence[memoryview], nbytes: int) -> None:
         for victim in self._victims(self._records() if self.max_bytes is not None else (), nbytes, name):

@@ -12,7 +12,7 @@ import torch
 
 from redknot_hf.errors import RedKnotError, shorten
 from redknot_hf.segments.codec import CorruptEntry, SegmentEntry, Verify
-from redknot_hf.segments.stores.base import SegmentStore
+from redknot_hf.segments.stores.base import Flags, SegmentStore
 from redknot_hf.segments.stores.types import StoreFull, StoreRecord
 
 __all__ = ["MemoryStore"]
@@ -52,15 +52,15 @@ class MemoryStore(SegmentStore):
         self._bytes = 0
 
     def _load_many(self, names: Sequence[str]) -> Sequence[Any]:
-        found = []
+        with self._lock:
+            return [self._held.get(name) for name in names]
+
+    def _touch(self, names: Sequence[str]) -> None:
         with self._lock:
             for name in names:
-                held = self._held.get(name)
-                if held is not None:
-                    held.last_used = time.time()
+                if name in self._held:  # it may have been evicted meanwhile
+                    self._held[name].last_used = time.time()
                     self._held.move_to_end(name)
-                found.append(held)
-        return found
 
     def _open(self, name: str, item: _Held, verify: Verify) -> SegmentEntry:
         if item.entry.key != name:
@@ -70,7 +70,7 @@ class MemoryStore(SegmentStore):
                 raise CorruptEntry(f"a reader has written to its tensor {tensor_name!r}")
         return dataclasses.replace(item.entry, tensors=dict(item.entry.tensors), extra=dict(item.entry.extra))
 
-    def _save_many(self, items: Sequence[tuple[str, SegmentEntry]]) -> list[bool]:
+    def _save_many(self, items: Sequence[tuple[str, SegmentEntry]]) -> Flags:
         return [self._save(name, entry) for name, entry in items]
 
     def _save(self, name: str, entry: SegmentEntry) -> bool:

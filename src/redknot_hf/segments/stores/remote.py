@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import functools
 import posixpath
 import re
 import secrets
@@ -140,7 +141,7 @@ class FsspecStore(BytesStore):
         for info in self._files():
             stale = time.time() - _written_at(info) > _STALE_SECONDS
             if stale and _TEMP.fullmatch(posixpath.basename(info["name"])):
-                self._call("delete", lambda name=info["name"]: self._fs.rm_file(name))
+                self._call("delete", functools.partial(self._fs.rm_file, info["name"]))
                 report.leftovers += 1
                 report.freed_bytes += int(info.get("size") or 0)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from redknot_hf.errors import RedKnotError
-from redknot_hf.segments.codec import SegmentEntry, Verify
-from redknot_hf.segments.keys import key_hex
-from redknot_hf.segments.stores.base import Batch, Key, SegmentStore
+from redknot_hf.segments.stores.base import Batch, Entries, Flags, Key, Records, SegmentStore
 from redknot_hf.segments.stores.types import GcReport, StoreRecord, StoreStat
 
 __all__ = ["TieredStore"]
@@ -41,8 +39,8 @@ class TieredStore(SegmentStore):
         super().__init__(" > ".join(tier.url for tier in self.tiers), **options)
         self._promote = promote
 
-    def get_many(self, keys: Sequence[Key]) -> list[SegmentEntry | None]:
-        found: list[SegmentEntry | None] = [None] * len(keys)
+    def get_many(self, keys: Sequence[Key]) -> Entries:
+        found: Entries = [None] * len(keys)
         for level, tier in enumerate(self.tiers):
             missing = [i for i, entry in enumerate(found) if entry is None]
             if not missing:
@@ -62,7 +60,7 @@ class TieredStore(SegmentStore):
             self._stat.misses += sum(entry is None for entry in found)
         return found
 
-    def put_many(self, items: Batch) -> list[bool]:
+    def put_many(self, items: Batch) -> Flags:
         """Write through; True if at least one tier has the entry now."""
         batch = list(items)
         stored = [False] * len(batch)
@@ -78,7 +76,7 @@ class TieredStore(SegmentStore):
     def delete(self, key: Key) -> bool:
         return any([tier.delete(key) for tier in self.tiers])  # a list: every tier must delete
 
-    def list(self) -> list[StoreRecord]:
+    def list(self) -> Records:
         """Entries of any tier, each once, with its latest use."""
         merged: dict[str, StoreRecord] = {}
         for tier in self.tiers:
@@ -88,7 +86,7 @@ class TieredStore(SegmentStore):
                     merged[record.key] = record
         return sorted(merged.values(), key=lambda record: (record.last_used, record.key))
 
-    def stats(self) -> list[StoreStat]:
+    def stats(self) -> Sequence[StoreStat]:
         """One `StoreStat` per tier."""
         return [tier.stat() for tier in self.tiers]
 
@@ -104,24 +102,3 @@ class TieredStore(SegmentStore):
     def close(self) -> None:
         for tier in self.tiers:
             tier.close()
-
-    # The public methods above go to the tiers' public methods, so that each tier deals with its own faults; none of the
-    # hooks is used.
-
-    def _load_many(self, names: Sequence[str]) -> Sequence[Any]:
-        raise NotImplementedError
-
-    def _open(self, name: str, item: Any, verify: Verify) -> SegmentEntry:
-        raise NotImplementedError
-
-    def _save_many(self, items: Sequence[tuple[str, SegmentEntry]]) -> list[bool]:
-        raise NotImplementedError
-
-    def _has(self, name: str) -> bool:
-        return self.contains(name)
-
-    def _remove(self, name: str) -> bool:
-        return self.delete(key_hex(name))
-
-    def _records(self) -> Iterable[StoreRecord]:
-        return self.list()

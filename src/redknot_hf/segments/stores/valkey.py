@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from redknot_hf.errors import MissingExtraError, RedKnotError, shorten
 from redknot_hf.segments.codec import CorruptEntry, SegmentEntry
-from redknot_hf.segments.stores.base import BytesStore
+from redknot_hf.segments.stores.base import BytesStore, Flags
 from redknot_hf.segments.stores.types import GcReport, StoreFull, StoreRecord, StoreUnavailable
 
 __all__ = ["ValkeyStore"]
@@ -118,13 +118,10 @@ class ValkeyStore(BytesStore):
                     wanted.append((i, manifest))
         if not wanted:
             return results
-        now = time.time()
         with self._client.pipeline(transaction=False) as pipe:
             for i, manifest in wanted:
                 for piece in self._pieces(names[i], manifest):
                     pipe.get(piece)
-            # XX: an entry that was deleted meanwhile must not come back into the index.
-            pipe.zadd(self._used, {names[i]: now for i, _ in wanted}, xx=True)
             answers = pipe.execute()
         torn = []
         for i, manifest in wanted:
@@ -143,9 +140,14 @@ class ValkeyStore(BytesStore):
                 results[i] = item
         return results
 
+    def _touch(self, names: Sequence[str]) -> None:
+        # XX: an entry that was deleted meanwhile must not come back into the index.
+        now = time.time()
+        self._call(lambda: self._client.zadd(self._used, dict.fromkeys(names, now), xx=True))
+
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def _save_many(self, items: Sequence[tuple[str, SegmentEntry]]) -> list[bool]:
+    def _save_many(self, items: Sequence[tuple[str, SegmentEntry]]) -> Flags:
         return [self._save(name, entry) for name, entry in items]
 
     def _write(self, name: str, parts: Sequence[memoryview], nbytes: int) -> None:
