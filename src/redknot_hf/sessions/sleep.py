@@ -1,0 +1,262 @@
+"""`RedKnotCache.offload` and `RedKnotCache.prefetch`: a whole cache to host memory and back.
+
+While a layer sleeps, a `SleepingPages` stands where its page table was. It answers what can be told without the pages
+(lengths, bytes) and wakes the layer as soon as anything else is asked of it, so a sleeping cache is used like any
+other; `prefetch` only chooses when the copy happens. Live tokens alone are kept, each once however many rows share it.
+
+On CUDA the copies run on a stream of their own between pinned host memory and the pages; the stream that calls does not
+wait for the host, later work on it waits for the copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .. import kernel_path
+from ..errors import CacheError, PoolExhausted
+from ..layer import RedKnotLayer
+from ..paging.pages import LayerPages
+from .rows import PageState, read_rows, write_rows
+
+if TYPE_CHECKING:
+    from ..cache import RedKnotCache
+
+__all__ = ["SleepingPages", "offload_cache", "prefetch_cache", "sleeping_layers"]
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+_streams_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def copy_stream(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+    """The device's stream for copies from and to the host, behind everything queued so far. None on the CPU."""
+    if device.type != "cuda":
+        yield None
+        return
+    with _streams_lock:
+        if device not in _streams:
+            _streams[device] = torch.cuda.Stream(device)
+    stream = _streams[device]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield stream
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def host_empty(rows: int, dim: int, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
+    """``[rows, dim]`` of host memory, page-locked where copies to a GPU will start from it."""
+    return torch.empty(rows, dim, dtype=dtype, pin_memory=pinned)
+
+
+class SleepingPages:
+    """Stands for the page table of a layer whose tokens are in host memory.
+
+    Attributes:
+        asleep: True, to tell it from a `LayerPages` without importing this module.
+        lens, oldest, sink, window, ring: as in `LayerPages`.
+        host_bytes: of keys and values here.
+    """
+
+    asleep = True
+
+    def __init__(
+        self, layer: RedKnotLayer, geometry: LayerPages, state: PageState, keys: torch.Tensor, values: torch.Tensor
+    ):
+        self.layer, self.state, self.keys, self.values = layer, state, keys, values
+        self.geometry = geometry
+        self.lens, self.oldest = state.lens, state.oldest
+        self.sink, self.window, self.ring = geometry.sink, geometry.window, geometry.ring
+        self.group: list[SleepingPages] = [self]
+        self.lock = threading.RLock()
+        self.copied: torch.cuda.Event | None = None
+        self.awake: LayerPages | None = None
+
+    @property
+    def host_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lens)
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.sink)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of one head, key and value."""
+        return self.keys.shape[1] * self.keys.element_size() + self.values.shape[1] * self.values.element_size()
+
+    def rows_per_head_bytes(self) -> list[int]:
+        """Bytes of the tokens of each head, ``[kv_heads]``, summed over the batch."""
+        stored = np.minimum(self.lens[:, None], self.sink.astype(np.int64) + self.ring).sum(0)
+        return (stored * self.token_bytes).tolist()
+
+    def rest(self) -> tuple[PageState, torch.Tensor, torch.Tensor]:
+        """State, keys and values ``[rows, dim]`` on the host, without waking; waits for a copy that is under way."""
+        if self.copied is not None:
+            self.copied.synchronize()
+            self.copied = None
+        return self.state, self.keys, self.values
+
+    def wake(self) -> LayerPages:
+        """Bring back this layer and those that went to sleep with it.
+
+        Raises:
+            PoolExhausted: the device has no memory for them; they sleep on.
+        """
+        with self.lock:
+            if self.awake is None:
+                _wake([sleeper for sleeper in self.group if sleeper.awake is None])
+            assert self.awake is not None
+            return self.awake
+
+    def free(self) -> None:
+        """Forget the tokens: what `reset` and the destructor of a cache ask for, and no reason to wake."""
+        with self.lock:
+            if self.awake is not None:
+                self.awake.free()
+                return
+            self.group.remove(self)
+            self.group = [self]
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Drop the host memory, keeping the widths."""
+        self.keys, self.values = (half.new_empty(0, half.shape[1]) for half in (self.keys, self.values))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.wake(), name)
+
+
+def install(layer: RedKnotLayer, pages: LayerPages) -> None:
+    """Make ``pages`` the storage of ``layer``, with the kernels where they serve it."""
+    missing = kernel_path.unavailable(layer.device, layer.dtype, layer.key_dim, layer.value_dim, layer.cache.page_size)
+    layer.pages, layer.kernel = pages, None if missing else kernel_path.KernelLayer(pages)
+
+
+def sleeping_layers(cache: RedKnotCache) -> list[SleepingPages]:
+    """The layers of a cache that sleep now."""
+    found = [getattr(layer, "pages", None) for layer in cache.paged_layers]
+    return [pages for pages in found if isinstance(pages, SleepingPages) and pages.awake is None]
+
+
+def offload_cache(cache: RedKnotCache) -> int:
+    """Move every layer's tokens to host memory and give the pages back; returns the bytes moved.
+
+    Raises:
+        CacheError: the host has no memory for them, or a layer cannot be moved. Nothing has changed then.
+    """
+    cache._settle()
+    layers = []
+    for layer in cache.paged_layers:
+        if type(layer) is not RedKnotLayer:
+            raise CacheError(
+                f"layer {layer.index} is a {type(layer).__name__}, whose memory is fixed: build the cache without "
+                "max_cache_len to offload it"
+            )
+        if isinstance(layer.pages, LayerPages):
+            layers.append(layer)
+    sleepers = [_lull(layer) for layer in layers]
+    lock = threading.RLock()
+    for sleeper in sleepers:
+        sleeper.group, sleeper.lock = sleepers, lock
+    for layer, sleeper in zip(layers, sleepers, strict=True):
+        layer.pages.free()  # type: ignore[union-attr]
+        layer.pages, layer.kernel = sleeper, None  # type: ignore[assignment]
+    for other in cache.layers:
+        if not isinstance(other, RedKnotLayer):
+            other.offload()
+    # slabs without a page in use go back to the allocator, unless a fork still works with them
+    cache._pools = {key: pool for key, pool in cache._pools.items() if pool.num_free < pool.num_pages - 1}
+    return sum(sleeper.host_bytes for sleeper in sleepers)
+
+
+def _lull(layer: RedKnotLayer) -> SleepingPages:
+    pages = layer.pages
+    assert pages is not None
+    state, rows = PageState.of(pages)
+    pinned = layer.device.type == "cuda"
+    halves = []
+    with copy_stream(layer.device) as stream:
+        for slab in (pages.pool.k, pages.pool.v):
+            try:
+                host = host_empty(len(rows), slab.shape[2], slab.dtype, pinned)
+            except (MemoryError, RuntimeError) as error:
+                raise CacheError(
+                    f"the host has no memory for {len(rows):,} tokens of layer {layer.index}: the cache stays on "
+                    f"{layer.device}. Save it to disk with cache.save(path), or free other sessions first"
+                ) from error
+            start = 0
+            for piece in read_rows(slab, rows):
+                host[start : start + len(piece)].copy_(piece, non_blocking=pinned)
+                start += len(piece)
+            halves.append(host)
+        sleeper = SleepingPages(layer, _geometry(pages), state, *halves)
+        if stream is not None:
+            sleeper.copied = stream.record_event()
+    return sleeper
+
+
+def _geometry(pages: LayerPages) -> LayerPages:
+    """An empty table of the same form, to ask geometry of; holds no pages, but does hold on to nothing else either."""
+    twin = object.__new__(type(pages))
+    twin.__dict__.update(pages.__dict__)
+    twin.pool = None  # type: ignore[assignment]
+    twin.table = np.zeros((pages.batch_size, pages.num_heads, 1), np.int32)
+    twin._changed()
+    return twin
+
+
+def prefetch_cache(cache: RedKnotCache) -> int:
+    """Bring every sleeping layer back to its device; returns the bytes moved.
+
+    Raises:
+        PoolExhausted: the device has no memory for them; the cache sleeps on.
+    """
+    sleepers = sleeping_layers(cache)
+    moved = sum(sleeper.host_bytes for sleeper in sleepers)
+    if sleepers:
+        with sleepers[0].lock:
+            _wake([sleeper for sleeper in sleepers if sleeper.awake is None])
+    for other in cache.layers:
+        if not isinstance(other, RedKnotLayer) and getattr(other, "device", None) is not None:
+            other.prefetch()
+    return moved
+
+
+def _wake(sleepers: list[SleepingPages]) -> None:
+    wanted: dict[int, tuple[Any, int]] = {}
+    fresh: list[LayerPages] = []
+    for sleeper in sleepers:
+        layer, old = sleeper.layer, sleeper.geometry
+        pool = layer.cache.pool(layer.device, layer.dtype, layer.key_dim, layer.value_dim)
+        pages = LayerPages(pool, old.sink, old.window, len(sleeper.lens), old.rollback, old.contiguous)
+        fresh.append(pages)
+        wanted[id(pool)] = (pool, wanted.get(id(pool), (pool, 0))[1] + sleeper.state.pages_wanted(pages))
+    try:
+        for pool, count in wanted.values():
+            pool.reserve(count)
+        rows = [sleeper.state.place(pages) for sleeper, pages in zip(sleepers, fresh, strict=True)]
+    except PoolExhausted:
+        for pages in fresh:
+            pages.free()
+        raise
+    for sleeper, pages, where in zip(sleepers, fresh, rows, strict=True):
+        with copy_stream(sleeper.layer.device):
+            write_rows(pages.pool.k, where, sleeper.keys)
+            write_rows(pages.pool.v, where, sleeper.values)
+        sleeper.awake = pages
+        install(sleeper.layer, pages)
+    for sleeper in sleepers:
+        sleeper.let_go()
+        sleeper.group = [sleeper]
