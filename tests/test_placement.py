@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,15 +185,9 @@ def test_shipped_profiles_balance(name, world_size):
         assert placement.imbalance(context) <= max(1.05, placement.lower_bound(context) + 1e-9)
 
 
-def _official() -> list[Path]:
-    root = os.environ.get("REDKNOT_DATA")
-    return sorted(Path(root).glob("heads/redknot/*.json")) if root else []
-
-
-@pytest.mark.skipif(not _official(), reason="REDKNOT_DATA is not set or has no heads/redknot/*.json")
-def test_official_profiles_balance_or_meet_the_bound():
+def test_official_profiles_balance_or_meet_the_bound(data_dir):
     checked = 0
-    for path in _official():
+    for path in sorted((data_dir / "heads" / "redknot").glob("*.json")):
         try:
             profile = HeadProfile.import_from(path)
         except RedKnotError:

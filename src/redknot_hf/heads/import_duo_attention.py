@@ -58,6 +58,8 @@ def convert(
     """
     if threshold is not None and sparsity is not None:
         raise ProfileError("give threshold= or sparsity=, not both")
+    if not path.exists():
+        raise ProfileError(f"no such file or directory: {shorten(str(path), 200)}")
     directory = path if path.is_dir() else path.parent
     gates_file = path if path.suffix.lower() == ".tsv" else directory / _GATES
     config = read_json(directory / _CONFIG) if (directory / _CONFIG).is_file() else {}

@@ -106,7 +106,7 @@ def save_heatmap(profile: HeadProfile, path: str | os.PathLike[str], *, seq_len:
     figure = _figure(profile, default_context(profile) if seq_len is None else seq_len)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Fixed metadata: the same profile gives the same file.
+        # No date in the file: a picture under version control changes only when the profile does.
         figure.savefig(
             target, dpi=150, bbox_inches="tight", metadata={"Date": None} if target.suffix == ".svg" else None
         )
