@@ -74,8 +74,8 @@ def save_session(
                 continue
             if layer.seen != cache.seen:
                 raise CacheError(
-                    f"layer {index} holds {layer.seen} of {cache.seen} tokens: an earlier forward was interrupted, so there is "
-                    "no whole session to save. Call cache.reset() and feed the prompt again"
+                    f"layer {index} holds {layer.seen} of {cache.seen} tokens: an earlier forward was interrupted, so "
+                    "there is no whole session to save. Call cache.reset() and feed the prompt again"
                 )
             batch = layer.batch_size
             parts = _capture(f"layers.{index}", layer.pages)
@@ -262,9 +262,10 @@ class _Loader:
         here = config_digest(self.config)
         if said.get("config") != here:
             raise CacheError(
-                f"the session was saved from another model ({shorten(said.get('name') or said.get('model_type'))}, config "
-                f"{shorten(said.get('config'))}) than the one given ({getattr(self.config, '_name_or_path', '') or here!r}): "
-                "load it with the config of the model it was made with"
+                f"the session was saved from another model ({shorten(said.get('name') or said.get('model_type'))}, "
+                f"config {shorten(said.get('config'), 16)}) than the one given "
+                f"({getattr(self.config, '_name_or_path', '') or 'unnamed'!r}, config {here[:12]}...): load it with "
+                "the config of the model it was made with"
             )
         weights = said.get("weights")
         if self.model is not None and weights is not None:
@@ -272,8 +273,8 @@ class _Loader:
 
             if weights != model_fingerprint(self.model):
                 raise CacheError(
-                    "the session was saved with other weights than those of the model given (same architecture): its keys and "
-                    "values would not fit. Load the model that the session was made with"
+                    "the session was saved with other weights than those of the model given (same architecture): its "
+                    "keys and values would not fit. Load the model that the session was made with"
                 )
 
     def _empty_cache(self) -> RedKnotCache:
@@ -289,8 +290,8 @@ class _Loader:
             rank, size = compat.tensor_parallel(self.model)
             if (rank, size) != (options["tp_rank"], options["tp_size"]):
                 raise CacheError(
-                    f"the session is the share of rank {options['tp_rank']} of {options['tp_size']}, this process is rank {rank} "
-                    f"of {size}: save and load with the same tensor-parallel layout"
+                    f"the session is the share of rank {options['tp_rank']} of {options['tp_size']}, this process is "
+                    f"rank {rank} of {size}: save and load with the same tensor-parallel layout"
                 )
         cache = self.cls(self.config, profile or HeadProfile.all_global(self.config), **options)
         cache.profile = profile  # None stays None: whatever number of heads the layers feed is then accepted
