@@ -23,7 +23,8 @@ def command(monkeypatch):
             parser.add_argument("--number", type=int)
 
         module = SimpleNamespace(NAME="env", HELP="test", add_arguments=add_arguments, run=function)
-        monkeypatch.setattr(commands, "load", lambda name: module)
+        real = commands.load
+        monkeypatch.setattr(commands, "load", lambda name: module if name == "env" else real(name))
 
     return install
 

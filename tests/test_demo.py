@@ -1,4 +1,4 @@
-"""`redknot demo`: the comparison is fair, exact where it must be, and the command names what is wrong with its input."""
+"""`redknot demo`: a fair comparison, exact where it must be, and errors that name what is wrong with the input."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_document_tokens_do_not_depend_on_the_question(smollm2):
 
 
 def test_shipped_questions_have_their_answers_far_from_the_end():
-    """What the demo claims: the answers are in the text and outside a local window (256 tokens of about 5 characters)."""
+    """What the demo claims: the answers are in the text and outside a local window (256 tokens, 5 characters each)."""
     text = (importlib.resources.files("redknot_hf") / "data" / demo._DOCUMENT).read_text(encoding="utf-8")
     text = " ".join(text.split())
     for _, _, expected in demo._QUESTIONS:
