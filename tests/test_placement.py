@@ -233,3 +233,16 @@ def test_lower_bound_is_valid_and_tight_on_small_cases():
         assert bound <= best + 1e-9
         tight += abs(bound - best) < 1e-9
     assert tight >= 30
+
+
+def test_real_model_says_the_same_after_relabelling(smollm2):
+    import copy
+
+    model, tokenizer = smollm2
+    relabelled = copy.deepcopy(model)
+    order = [[(h + l) % 3 for h in range(3)] for l in range(30)]
+    HeadPlacement(HeadProfile.all_global(model.config), 3, order).apply_to_model(relabelled)
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    texts = [m.generate(**inputs, max_new_tokens=24, do_sample=False) for m in (model, relabelled)]
+    assert torch.equal(*texts)
+    torch.testing.assert_close(relabelled(**inputs).logits, model(**inputs).logits, atol=2e-3, rtol=1e-4)

@@ -119,7 +119,8 @@ def _from_query_heads(document: dict[str, Any], attention_layers: Sequence[int] 
             f"num_kv_heads={kv_heads} and attention_layers up to {layers[-1]}"
         )
     group = len(flags[0]) // kv_heads
-    params = document.get("params") if isinstance(document.get("params"), dict) else {}
+    params = document.get("params")
+    params = params if isinstance(params, dict) else {}
     window = integer(params.get("full_window_size", _DEFAULT_WINDOW), "params.full_window_size", 1)
     named = []
     for l in layers:

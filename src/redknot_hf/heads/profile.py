@@ -80,9 +80,8 @@ class HeadProfile:
         """
         shape = model_shape(config)
         rows = [["global"] * shape.num_kv_heads for _ in range(shape.num_layers)]
-        return cls(
-            shape.num_layers, shape.num_kv_heads, rows, 0, 0, {**describe_config(config), "method": "all_global"}
-        )  # type: ignore[arg-type]
+        metadata = {**describe_config(config), "method": "all_global"}
+        return cls(shape.num_layers, shape.num_kv_heads, rows, metadata=metadata)
 
     @classmethod
     def uniform(

@@ -25,11 +25,12 @@ def choose_global(
     if wanted is None:
         return set()
     if isinstance(wanted, numbers.Real):
-        if isinstance(wanted, bool) or not 0 <= wanted <= 1:
+        fraction = float(wanted)
+        if isinstance(wanted, bool) or not 0 <= fraction <= 1:
             raise ProfileError(
                 f"global_heads is {wanted!r}; expected a fraction in [0, 1] or a set of (layer, kv_head)"
             )
-        count = round(wanted * len(cells))
+        count = round(fraction * len(cells))
         # Rotating the head index by the layer keeps an even stride from always hitting the same head.
         rotated = [(l, (h + l) % num_kv_heads) for l, h in cells]
         return {rotated[(2 * i + 1) * len(cells) // (2 * count)] for i in range(count)}
@@ -37,19 +38,18 @@ def choose_global(
         raise ProfileError(
             f"global_heads is {shorten(wanted)}; expected a fraction in [0, 1] or a set of (layer, kv_head)"
         )
-    known = set(cells)
+    known = {cell: cell for cell in cells}
     chosen = set()
     for cell in wanted:
         try:
-            pair = tuple(cell)
-            unknown = pair not in known
+            found = known.get(tuple(cell))  # type: ignore[arg-type]  # of any length, perhaps unhashable
         except TypeError:
-            unknown = True
-        if unknown:
+            found = None
+        if found is None:
             raise ProfileError(
                 f"global_heads contains {shorten(cell)}, not a (layer, kv_head) of the model's attention layers"
             )
-        chosen.add(pair)
+        chosen.add(found)
     return chosen
 
 
