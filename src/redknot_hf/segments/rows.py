@@ -1,26 +1,27 @@
 """Which rows of a prompt a forward computes, and attention of such rows over linear storage.
 
-A splice computes some rows of a prompt and takes the rest from stored segments. The rows have increasing positions with
-gaps between them. Storage is linear: the key of position ``p`` lies in slot ``p``. A row at position ``p`` of a head with
-``sink`` and ``window`` sees
+A splice computes some rows of a prompt and takes the rest from stored segments. The rows have increasing positions
+with gaps between them. Storage is linear: the key of position ``p`` lies in slot ``p``. A row at position ``p`` of a
+head with ``sink`` and ``window`` sees
 
     {j <= p} & ({j < sink} | {j > p - window}),  each key once,
 
-intersected with the model's own sliding window. Rows are taken in blocks: a block of a head that keeps everything reads the
-keys up to its last row, a block of a local head the sinks and the keys from its first row's window on, so that a local
-row costs O(window) and not O(prompt).
+intersected with the model's own sliding window. Rows are taken in blocks: a block of a head that keeps everything
+reads the keys up to its last row, a block of a local head the sinks and the keys from its first row's window on, so
+that a local row costs O(window) and not O(prompt).
 
-This module knows nothing of segments or models. On NVIDIA GPUs the operator ``segpaged_attention.prefill_positions`` serves
-the same function.
+This module knows nothing of segments or models. On NVIDIA GPUs the operator ``segpaged_attention.prefill_positions``
+serves the same function.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import segpaged_attention
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -31,12 +32,13 @@ from ..paging.torch_attention import AttentionSpec
 __all__ = ["PAGE", "RowSet", "attend_rows", "attention_weights"]
 
 PAGE = 64  # slots are padded to whole pages, so that the kernel can read linear storage as pages
-CPU_BLOCK, GPU_BLOCK = 128, 1024  # rows of one masked call: a block reads keys up to its last row, so small ones waste less
+# Rows of one masked call. A block reads the keys up to its last row: small ones waste less, large ones start less often.
+CPU_BLOCK, GPU_BLOCK = 128, 1024
 MASK_ELEMENTS = 1 << 27  # masks above this are made for each layer anew instead of being kept for the forward
 
 
 class Block(NamedTuple):
-    """Rows ``[start, stop)`` over the first ``sinks`` keys and the keys ``[low, high)``; mask bool ``[1, 1, rows, keys]``."""
+    """Rows [start, stop) over the first ``sinks`` keys and the keys [low, high); mask bool [1, 1, rows, keys]."""
 
     start: int
     stop: int
@@ -52,8 +54,8 @@ class RowSet:
     Args:
         positions: int64 ``[n]`` on the host, strictly increasing request positions.
         device: where the forward runs.
-        partial: bool ``[n]``: rows whose new keys and values replace stored ones only in heads that keep everything. None:
-            every row replaces in every head.
+        partial: bool ``[n]``: rows whose new keys and values replace stored ones only in heads that keep everything.
+            None: every row replaces in every head.
     """
 
     def __init__(self, positions: np.ndarray, device: torch.device | str, partial: np.ndarray | None = None):
@@ -134,8 +136,8 @@ def attend_rows(
 
     Args:
         q: ``[batch, q_heads, n, dim]``.
-        k, v: ``[batch, kv_heads, slots, dim]``, contiguous, ``slots`` a multiple of `PAGE`; the rows' own keys are already
-            there. Slots that are not stored must be finite.
+        k, v: ``[batch, kv_heads, slots, dim]``, contiguous, ``slots`` a multiple of `PAGE`; the rows' own keys are
+            already there. Slots that are not stored must be finite.
         sink, window: int ``[kv_heads]``; ``window >= KEEP_ALL`` for heads that see everything.
 
     Returns:
@@ -214,22 +216,11 @@ def _heads(x: torch.Tensor, heads: np.ndarray) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _kernels() -> Any:
-    try:
-        import segpaged_attention
-    except ImportError:
-        return None
-    return segpaged_attention if hasattr(segpaged_attention, "prefill_positions") else None
-
-
 def _kernel_serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    if not q.is_cuda or q.dtype != k.dtype:
-        return False
-    kernels = _kernels()
-    if kernels is None or not kernels.is_available(q.device):
+    if not q.is_cuda or q.dtype != k.dtype or not segpaged_attention.is_available(q.device):
         return False
     group = q.shape[1] // k.shape[1]
-    return all(kernels.supported(x.shape[3], x.dtype, PAGE, group) is None for x in (k, v))
+    return all(segpaged_attention.supported(x.shape[3], x.dtype, PAGE, group) is None for x in (k, v))
 
 
 def _attend_by_kernel(
@@ -245,17 +236,17 @@ def _attend_by_kernel(
     pages = slots // PAGE
     device = q.device
     table = torch.arange(batch * heads * pages, dtype=torch.int32, device=device).view(batch, heads, pages)
-    return _kernels().prefill_positions(
+    return segpaged_attention.prefill_positions(
         q,
         rows.positions.to(torch.int32).expand(batch, -1).contiguous(),
         k.view(-1, PAGE, k.shape[3]),
         v.view(-1, PAGE, v.shape[3]),
         table,
-        torch.full((batch,), slots, dtype=torch.int32, device=device),  # j <= p bounds what is read
+        torch.full((batch,), slots, dtype=torch.int32, device=device),  # rows are causal: nothing behind is read
         torch.from_numpy(np.asarray(sink, np.int32)).to(device),
         torch.from_numpy(np.asarray(window, np.int32)).to(device),
         spec.scale,
         spec.softcap,
-        spec.s_aux,
+        None if spec.s_aux is None else spec.s_aux.float(),
         spec.model_window,
     )

@@ -1,13 +1,15 @@
 """One forward of the unchanged model over some rows of a prompt, the other rows taken from storage.
 
-`SpliceCache` looks like any cache to the model. Its layers are linear: slot and position are the same. A layer's ``update``
-stages the rows' new keys and values; the attention function comes back through `SpliceLayer.attend`, which overwrites
-the rows' slots and then lets every row attend by position. Rows that are not computed cost nothing in any layer.
+`SpliceCache` looks like any cache to the model. Its layers are linear: slot and position are the same. A layer's
+``update`` stages the rows' new keys and values; the attention function comes back through `SpliceLayer.attend`, which
+overwrites the rows' slots and then lets every row attend by position. Rows that are not computed cost nothing in any
+layer.
 
-`narrow_rows` drops rows on the way: some layers run over more rows than the later ones. It hooks the decoder's layers for the
-time of one forward and knows them only as modules that take hidden states first.
+`narrow_rows` drops rows on the way: some layers run over more rows than the later ones. It hooks the decoder's layers
+for the time of one forward and knows them only as modules that take hidden states first.
 
-What this module does not know: where stored keys come from, which rows are worth computing (`select`), prompts (`prompt`).
+What this module does not know: where stored keys come from, which rows are worth computing (`select`), prompts
+(`prompt`).
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class SpliceLayer(CacheLayerMixin):
             self.sink, self.window, self.extra_window = target.geometry(self.index, heads, self.model_window)
 
     def fill(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | slice) -> None:
-        """Store keys (rotated for their positions) and values ``[batch, kv_heads, n, dim]`` without computing anything."""
+        """Store keys (rotated for their positions) and values ``[batch, kv_heads, n, dim]`` computed elsewhere."""
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         assert self.k is not None and self.v is not None
@@ -94,7 +96,7 @@ class SpliceLayer(CacheLayerMixin):
         if rows is None or key_states.shape[2] != len(rows) or key_states.shape[0] != self.cache.batch:
             raise CacheError(
                 f"layer {self.index} is fed {key_states.shape[2]} tokens of {key_states.shape[0]} rows, announced were "
-                f"{0 if rows is None else len(rows)} of {self.cache.batch}: a SpliceCache is driven by forward_rows() alone"
+                f"{0 if rows is None else len(rows)} of {self.cache.batch}: only forward_rows() drives a SpliceCache"
             )
         keys, values = key_states.detach(), value_states.detach()
         setattr(keys, HANDLE, Handle(self, None, keys, values))  # type: ignore[arg-type]
@@ -111,13 +113,13 @@ class SpliceLayer(CacheLayerMixin):
         softcap: float | None,
         s_aux: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Overwrite the rows' slots, then attend: ``query [batch, q_heads, n, dim]`` -> ``[batch, n, q_heads, dim]``."""
+        """Overwrite the rows' slots, then attend: ``[batch, q_heads, n, dim]`` -> ``[batch, n, q_heads, dim]``."""
         if handle.stored:
             raise UnsupportedModel(f"layer {self.index}: several attention calls share one chunk of keys: no splicing")
         if mask is not None and not (isinstance(mask, RedKnotMask) and mask.is_causal):
             raise UnsupportedModel(
-                f"layer {self.index} attends with a mask that is not causal (chunks, images, a prefix): its rows cannot be "
-                "computed apart"
+                f"layer {self.index} attends with a mask that is not causal (chunks, images, a prefix): its rows "
+                "cannot be computed apart"
             )
         if sliding_window is not None and sliding_window != self.model_window:
             self.model_window = sliding_window
@@ -198,8 +200,8 @@ class SpliceCache(Cache):
         odd = [i for i, layer in enumerate(target.layers) if not isinstance(layer, RedKnotLayer)]
         if odd:
             raise UnsupportedModel(
-                f"{type(target.config).__name__}: layer {odd[0]} is a {type(target.layers[odd[0]]).__name__}; only layers of "
-                "plain attention can be spliced, because the state of others depends on everything before"
+                f"{type(target.config).__name__}: layer {odd[0]} is a {type(target.layers[odd[0]]).__name__}; only "
+                "layers of plain attention can be spliced, because the state of others depends on everything before"
             )
         self.target, self.length, self.batch = target, length, batch
         self.slots = -(-max(length, 1) // PAGE) * PAGE
@@ -214,7 +216,8 @@ class SpliceCache(Cache):
 
 
 def _given_away(cache: SpliceCache, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for layer in cache.layers:
+    for layer, target in zip(cache.layers, cache.target.paged_layers, strict=True):
+        target.model_window = layer.model_window  # a family may show its window to attention only
         k, v = layer.release()
         yield k[:, :, :tokens], v[:, :, :tokens]
 
@@ -247,8 +250,8 @@ def forward_rows(
         cache.rows, cache.observer = None, None
     if cache.consumed != cache.staged:
         raise UnsupportedModel(
-            f"{type(model).__name__} does not pass its keys on to the registered attention function, so its prompts cannot "
-            "be spliced"
+            f"{type(model).__name__} does not pass its keys on to the registered attention function, so its prompts "
+            "cannot be spliced"
         )
 
 
@@ -268,8 +271,8 @@ def decoder_layers(model: torch.nn.Module, count: int) -> torch.nn.ModuleList:
         if isinstance(child, torch.nn.ModuleList) and len(child) >= count:
             return child
     raise UnsupportedModel(
-        f"{type(model).__name__} has no list of {count} decoder layers, so the rows cannot change between layers: use a "
-        "selector that needs no early layers, such as 'boundary' or 'query_attention', with one ratio for all layers"
+        f"{type(model).__name__} has no list of {count} decoder layers, so the rows cannot change between layers: use "
+        "a selector that needs no early layers, such as 'boundary' or 'query_attention', with one ratio for all layers"
     )
 
 
@@ -282,8 +285,8 @@ def narrow_rows(
     Args:
         at: layer index -> function that is given the rows so far and returns the (ascending) indices of those to keep.
 
-    Everything that the decoder hands to its layers with one entry per row (hidden states, rotary tables, position ids) is
-    reduced alike.
+    Everything that the decoder hands to its layers with one entry per row (hidden states, rotary tables, position ids)
+    is reduced alike.
     """
     layers = decoder_layers(model, len(cache.layers))
     first: RowSet | None = None
