@@ -355,13 +355,15 @@ class RedKnotLayer(CacheLayerMixin):
 
     def adopt(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         """Store a whole prompt ``[batch, kv_heads, n, dim]`` in an empty layer; see `RedKnotCache.adopt`."""
-        pool = self.cache.pool(self.device, self.dtype, self.key_dim, self.value_dim)
-        # runs of neighbouring pages are written as views, on any device
-        self.pages = LayerPages(pool, self.sink, self.window, self.batch_size, self.rollback, contiguous=True)
         pages = self._ready(step)
-        pages.write(k, v, step.new)  # type: ignore[arg-type]
-        pages.advance(step.new)  # type: ignore[arg-type]
-        pages.contiguous = self.device.type == "cpu"
+        assert step.new is not None
+        if self.kernel is not None:
+            self.kernel.sync()
+            empty = kernel_path.Lengths.upload(pages.lens, self.device)
+            self.kernel.append(k, v, kernel_path.Lengths(empty, empty, None))
+        else:
+            pages.write(k, v, step.new)
+        pages.advance(step.new)
         self.seen = step.length
 
     def _stored(self, handle: Handle) -> None:
