@@ -506,33 +506,41 @@ class RedKnotCache(Cache):
         """Move all tokens to host memory and give the pages back; returns the bytes moved.
 
         The cache stays usable: it comes back by itself when it is used, or ahead of time with `prefetch`. Pages shared
-        with a fork are copied; the fork keeps its own. With ``layer_idx`` this is the method that transformers calls in
-        its own offloading mode, which a RedKnotCache does not use.
+        with a fork are copied; the fork keeps its own.
+
+        Args:
+            layer_idx: this layer alone, as transformers' own method has it; None: all layers.
+            only_non_sliding: with ``layer_idx``, do nothing if that layer has a sliding window of the model's own.
 
         Raises:
             CacheError: the host has no memory; nothing has changed then.
         """
-        if layer_idx is not None:
-            super().offload(layer_idx, only_non_sliding)
-            return 0
         from .sessions.sleep import offload_cache
 
-        return offload_cache(self)
+        if layer_idx is None:
+            return offload_cache(self, self.layers)
+        layer = self.layers[layer_idx]
+        return 0 if only_non_sliding and layer.is_sliding else offload_cache(self, [layer])
 
     def prefetch(self, layer_idx: int | None = None, only_non_sliding: bool = True) -> int:
         """Bring an offloaded cache back to its device; returns the bytes moved, 0 if it was there.
 
         On CUDA the copies run on a stream of their own and the call does not wait for them.
 
+        Args:
+            layer_idx: the next offloaded layer from this one on, as transformers' own method has it; None: all layers.
+            only_non_sliding: with ``layer_idx``, pass over layers with a sliding window of the model's own.
+
         Raises:
             PoolExhausted: the device has no memory for it; the cache stays on the host.
         """
-        if layer_idx is not None:
-            super().prefetch(layer_idx, only_non_sliding)
-            return 0
-        from .sessions.sleep import prefetch_cache
+        from .sessions.sleep import prefetch_cache, sleeps
 
-        return prefetch_cache(self)
+        if layer_idx is None:
+            return prefetch_cache(self, self.layers)
+        circle = self.layers[layer_idx:] + self.layers[:layer_idx]
+        asleep = [layer for layer in circle if sleeps(layer) and not (only_non_sliding and layer.is_sliding)]
+        return prefetch_cache(self, asleep[:1])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RedKnotCache:
         memo[id(self)] = twin = self.fork()

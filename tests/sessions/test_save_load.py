@@ -133,7 +133,7 @@ def test_generate_continues(tiny, profile, tmp_path):
     cache = RedKnotCache(tiny.config, profile, page_size=8)
     first = tiny.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
     other = reload(cache, tmp_path / "a", tiny.config)
-    one, two = (tiny.generate(first, past_key_values=c, max_new_tokens=8, do_sample=False) for c in (cache, other))
+    one, two = (tiny.generate(first, past_key_values=c, max_new_tokens=4, do_sample=False) for c in (cache, other))
     assert torch.equal(one, two) and one.shape[1] == first.shape[1] + 8
 
 
@@ -304,16 +304,16 @@ def test_a_loaded_cache_needs_its_file_no_more(tiny, profile, tmp_path):
 
 def test_the_real_model(smollm2, tmp_path):
     model, tokenizer = smollm2
-    ids = tokenizer("The capital of France is Paris. " * 20, return_tensors="pt").input_ids
+    ids = tokenizer("The capital of France is Paris. " * 8, return_tensors="pt").input_ids
     profile = HeadProfile.uniform(model.config, sink=4, window=32, global_heads=0.25)
     cache = RedKnotCache(model.config, profile)
     text = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
     other = reload(cache, tmp_path / "a", model.config)
-    one, two = (model.generate(text, past_key_values=c, max_new_tokens=8, do_sample=False) for c in (cache, other))
+    one, two = (model.generate(text, past_key_values=c, max_new_tokens=4, do_sample=False) for c in (cache, other))
     assert torch.equal(one, two)
     # and it is the text of the model itself where nothing is evicted
     whole = RedKnotCache(model.config, HeadProfile.all_global(model.config))
     model.generate(ids, past_key_values=whole, max_new_tokens=4, do_sample=False)
     kept = reload(whole, tmp_path / "b", model.config)
-    text = model.generate(ids, past_key_values=DynamicCache(config=model.config), max_new_tokens=12, do_sample=False)
-    assert torch.equal(model.generate(text[:, :-8], past_key_values=kept, max_new_tokens=8, do_sample=False), text)
+    text = model.generate(ids, past_key_values=DynamicCache(config=model.config), max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(text[:, :-4], past_key_values=kept, max_new_tokens=4, do_sample=False), text)

@@ -1,8 +1,10 @@
 """`RedKnotCache.offload` and `RedKnotCache.prefetch`: a whole cache to host memory and back.
 
 While a layer sleeps, a `SleepingPages` stands where its page table was. It answers what can be told without the pages
-(lengths, bytes) and wakes the layer as soon as anything else is asked of it, so a sleeping cache is used like any
-other; `prefetch` only chooses when the copy happens. Live tokens alone are kept, each once however many rows share it.
+(rows, bytes) and wakes the layer as soon as anything else is asked of it, so a sleeping cache is used like any other;
+`prefetch` only chooses when the copy happens. In a forward that is the question for the mask, before any layer has
+taken part: if the device has no memory then, the session sleeps on, whole. Live tokens alone
+are kept, each once however many rows share it.
 
 On CUDA the copies run on a stream of their own between pinned host memory and the pages; the stream that calls does not
 wait for the host, later work on it waits for the copies.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from .rows import PageState, read_rows, write_rows
 if TYPE_CHECKING:
     from ..cache import RedKnotCache
 
-__all__ = ["SleepingPages", "offload_cache", "prefetch_cache", "sleeping_layers"]
+__all__ = ["SleepingPages", "offload_cache", "prefetch_cache", "sleeping_layers", "sleeps"]
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 _streams_lock = threading.Lock()
@@ -59,7 +61,7 @@ class SleepingPages:
 
     Attributes:
         asleep: True, to tell it from a `LayerPages` without importing this module.
-        lens, oldest, sink, window, ring: as in `LayerPages`.
+        sink, window, ring: as in `LayerPages`.
         host_bytes: of keys and values here.
     """
 
@@ -70,7 +72,6 @@ class SleepingPages:
     ):
         self.layer, self.state, self.keys, self.values = layer, state, keys, values
         self.geometry = geometry
-        self.lens, self.oldest = state.lens, state.oldest
         self.sink, self.window, self.ring = geometry.sink, geometry.window, geometry.ring
         self.group: list[SleepingPages] = [self]
         self.lock = threading.RLock()
@@ -83,7 +84,7 @@ class SleepingPages:
 
     @property
     def batch_size(self) -> int:
-        return len(self.lens)
+        return len(self.state.lens)
 
     @property
     def num_heads(self) -> int:
@@ -96,7 +97,7 @@ class SleepingPages:
 
     def rows_per_head_bytes(self) -> list[int]:
         """Bytes of the tokens of each head, ``[kv_heads]``, summed over the batch."""
-        stored = np.minimum(self.lens[:, None], self.sink.astype(np.int64) + self.ring).sum(0)
+        stored = np.minimum(self.state.lens[:, None], self.sink.astype(np.int64) + self.ring).sum(0)
         return (stored * self.token_bytes).tolist()
 
     def rest(self) -> tuple[PageState, torch.Tensor, torch.Tensor]:
@@ -144,36 +145,38 @@ def install(layer: RedKnotLayer, pages: LayerPages) -> None:
     layer.pages, layer.kernel = pages, None if missing else kernel_path.KernelLayer(pages)
 
 
+def sleeps(layer: Any) -> bool:
+    pages = getattr(layer, "pages", None)
+    return isinstance(pages, SleepingPages) and pages.awake is None
+
+
 def sleeping_layers(cache: RedKnotCache) -> list[SleepingPages]:
     """The layers of a cache that sleep now."""
-    found = [getattr(layer, "pages", None) for layer in cache.paged_layers]
-    return [pages for pages in found if isinstance(pages, SleepingPages) and pages.awake is None]
+    return [layer.pages for layer in cache.layers if sleeps(layer)]  # type: ignore[misc]
 
 
-def offload_cache(cache: RedKnotCache) -> int:
-    """Move every layer's tokens to host memory and give the pages back; returns the bytes moved.
+def offload_cache(cache: RedKnotCache, chosen: Iterable[Any]) -> int:
+    """Move the tokens of the layers ``chosen`` to host memory and give the pages back; returns the bytes moved.
 
     Raises:
         CacheError: the host has no memory for them, or a layer cannot be moved. Nothing has changed then.
     """
     cache._settle()
-    layers = []
-    for layer in cache.paged_layers:
+    chosen = list(chosen)
+    layers = [layer for layer in chosen if isinstance(layer, RedKnotLayer) and isinstance(layer.pages, LayerPages)]
+    for layer in layers:
         if type(layer) is not RedKnotLayer:
             raise CacheError(
                 f"layer {layer.index} is a {type(layer).__name__}, whose memory is fixed: build the cache without "
                 "max_cache_len to offload it"
             )
-        if isinstance(layer.pages, LayerPages):
-            layers.append(layer)
     sleepers = [_lull(layer) for layer in layers]
     lock = threading.RLock()
-    for sleeper in sleepers:
-        sleeper.group, sleeper.lock = sleepers, lock
     for layer, sleeper in zip(layers, sleepers, strict=True):
+        sleeper.group, sleeper.lock = sleepers, lock
         layer.pages.free()  # type: ignore[union-attr]
         layer.pages, layer.kernel = sleeper, None  # type: ignore[assignment]
-    for other in cache.layers:
+    for other in chosen:
         if not isinstance(other, RedKnotLayer):
             other.offload()
     # slabs without a page in use go back to the allocator, unless a fork still works with them
@@ -217,18 +220,19 @@ def _geometry(pages: LayerPages) -> LayerPages:
     return twin
 
 
-def prefetch_cache(cache: RedKnotCache) -> int:
-    """Bring every sleeping layer back to its device; returns the bytes moved.
+def prefetch_cache(cache: RedKnotCache, chosen: Iterable[Any]) -> int:
+    """Bring those of the layers ``chosen`` that sleep back to their device; returns the bytes moved.
 
     Raises:
-        PoolExhausted: the device has no memory for them; the cache sleeps on.
+        PoolExhausted: the device has no memory for them; they sleep on.
     """
-    sleepers = sleeping_layers(cache)
+    chosen = list(chosen)
+    sleepers = [layer.pages for layer in chosen if sleeps(layer)]
     moved = sum(sleeper.host_bytes for sleeper in sleepers)
     if sleepers:
         with sleepers[0].lock:
             _wake([sleeper for sleeper in sleepers if sleeper.awake is None])
-    for other in cache.layers:
+    for other in chosen:
         if not isinstance(other, RedKnotLayer) and getattr(other, "device", None) is not None:
             other.prefetch()
     return moved
@@ -240,7 +244,7 @@ def _wake(sleepers: list[SleepingPages]) -> None:
     for sleeper in sleepers:
         layer, old = sleeper.layer, sleeper.geometry
         pool = layer.cache.pool(layer.device, layer.dtype, layer.key_dim, layer.value_dim)
-        pages = LayerPages(pool, old.sink, old.window, len(sleeper.lens), old.rollback, old.contiguous)
+        pages = LayerPages(pool, old.sink, old.window, sleeper.batch_size, old.rollback, old.contiguous)
         fresh.append(pages)
         wanted[id(pool)] = (pool, wanted.get(id(pool), (pool, 0))[1] + sleeper.state.pages_wanted(pages))
     try:

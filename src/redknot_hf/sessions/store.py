@@ -80,7 +80,7 @@ class _Session:
 
 
 class _Surrendered:
-    """Stands for the pages of a cache whose session went to a file: using the old object would be using an empty one."""
+    """Stands for the pages of a cache whose session went to a file: using the old object would use an empty one."""
 
     asleep = True
 
@@ -89,25 +89,29 @@ class _Surrendered:
 
     def free(self) -> None: ...
 
+    def refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise CacheError(
+            f"this cache was put into a SessionStore, and its session {shorten(self.key)} has left memory since: use "
+            "the cache that store.get(key) returns"
+        )
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise CacheError(
-            f"this cache was put into a SessionStore and its session {shorten(self.key)} is a file now: use the cache that "
-            "store.get(key) returns"
-        )
+        return self.refuse()
 
 
 class SessionStore:
     """Keeps sessions under string keys within byte budgets.
 
     Args:
-        config: the model, or its config: sessions that come back from files are checked against it (`RedKnotCache.load`).
+        config: the model, or its config: sessions that come back from files are checked against it, as by
+            `RedKnotCache.load`.
         device_bytes: budget of the sessions on the device, those in use included. None: no limit.
         host_bytes: budget of the sessions in host memory. None: no limit; 0: straight to files.
         disk_bytes: budget of the files. None: no limit.
-        folder: where files go; created if needed. None: no files, and sessions that find no room on the host are deleted.
-            A folder may be reopened: its sessions are there again. One store at a time.
+        folder: where files go; created if needed. None: no files, and sessions that find no room on the host are
+            deleted. A folder may be reopened: its sessions are there again. One store at a time.
 
     Raises:
         RedKnotError: a budget is negative, or the folder cannot be made.
@@ -175,7 +179,15 @@ class SessionStore:
                 session.pinned = pin
             if old is not None:
                 self._drop(old, keep_cache=old.cache is cache)
+            if any(layer.is_initialized and layer.seen != cache.seen for layer in cache.paged_layers):
+                self._sessions.pop(key, None)
+                self._remember(key, "its last forward was interrupted")
+                raise CacheError(
+                    f"session {shorten(key)}: a forward over this cache was interrupted, so it cannot go on. It was "
+                    "not stored; call cache.reset() and feed its text again"
+                )
             self._sessions[key] = session
+            self._sessions.move_to_end(key)
             self._gone.pop(key, None)
             self._balance()
 
@@ -201,10 +213,10 @@ class SessionStore:
             self._sessions.move_to_end(key)
             try:
                 self._bring(session)
+                self._balance()
             except BaseException:
                 session.in_use = False
                 raise
-            self._balance()
             assert session.cache is not None
             return session.cache
 
@@ -218,8 +230,11 @@ class SessionStore:
         cache = make() if make is not None and key not in self else self.get(key)
         try:
             yield cache
-        finally:
-            self.put(key, cache)
+        except BaseException:
+            with contextlib.suppress(RedKnotError):  # what went wrong in the block matters more
+                self.put(key, cache)
+            raise
+        self.put(key, cache)
 
     def delete(self, key: str) -> bool:
         """Forget a session and free what it holds, even if it is in use or pinned; False if there was none."""
@@ -227,6 +242,7 @@ class SessionStore:
             session = self._sessions.pop(key, None)
             if session is None:
                 return False
+            self.deletions += 1
             self._drop(session, keep_cache=session.in_use)
             self._remember(key, "it was deleted")
             return True
@@ -311,12 +327,12 @@ class SessionStore:
             session = self._idle("disk")
             if session is None:
                 break
-            self._give_up(session, f"it had to give way: the files exceed disk_bytes={self.disk_bytes:,}")
+            self._give_up(session, f"it had to give way: disk_bytes={self.disk_bytes:,} is full")
 
     def _off_device(self, session: _Session) -> None:
         assert session.cache is not None
         try:
-            offload_cache(session.cache)
+            offload_cache(session.cache, session.cache.layers)
             self.offloads += 1
         except CacheError:  # no host memory, or a cache of fixed memory
             if self.folder is None:
@@ -327,9 +343,7 @@ class SessionStore:
         if self.folder is not None:
             self._to_disk(session)
         else:
-            self._give_up(
-                session, f"it had to give way: the host exceeds host_bytes={self.host_bytes:,} and no folder is set"
-            )
+            self._give_up(session, f"it had to give way: host_bytes={self.host_bytes:,} is full, no folder is set")
 
     def _to_disk(self, session: _Session) -> None:
         """Write the file first, let go of the memory afterwards: a full disk loses nothing."""
@@ -346,11 +360,12 @@ class SessionStore:
         cache.reset()
         for layer in cache.layers:
             if isinstance(layer, RedKnotLayer):
-                layer.pages = _Surrendered(session.key)  # type: ignore[assignment]
-                layer.update = layer.pages.__getattr__  # type: ignore[method-assign]  # raises
+                gone = _Surrendered(session.key)
+                layer.pages, layer.update = gone, gone.refuse  # type: ignore[assignment, method-assign]
 
     def _bring(self, session: _Session) -> None:
         """Onto the device; a full device is retried after everything idle has left it."""
+        self._make_room(session)
         while True:
             try:
                 if session.cache is None:
@@ -358,7 +373,7 @@ class SessionStore:
                     self._unlink(session)
                     self.restores += 1
                 elif sleeping_layers(session.cache):
-                    prefetch_cache(session.cache)
+                    prefetch_cache(session.cache, session.cache.layers)
                     self.restores += 1
                 return
             except PoolExhausted:
@@ -367,6 +382,16 @@ class SessionStore:
                     raise
                 self._off_device(other)
 
+    def _make_room(self, session: _Session) -> None:
+        coming = session.file_bytes
+        if session.cache is not None:
+            coming = sum(pages.host_bytes for pages in sleeping_layers(session.cache))
+        while self.device_bytes is not None and coming and self._on_device() + coming > self.device_bytes:
+            other = self._idle("device")
+            if other is None:
+                return
+            self._off_device(other)
+
     def _load(self, key: str) -> RedKnotCache:
         from ..cache import RedKnotCache
 
@@ -374,13 +399,13 @@ class SessionStore:
 
     def _give_up(self, session: _Session, reason: str) -> None:
         self._sessions.pop(session.key)
+        self.deletions += 1
         self._drop(session, keep_cache=False)
         self._remember(session.key, reason)
 
     def _drop(self, session: _Session, keep_cache: bool) -> None:
         if session.cache is not None and not keep_cache:
             self._surrender(session)
-            self.deletions += 1
         self._unlink(session)
 
     def _remember(self, key: str, reason: str) -> None:
