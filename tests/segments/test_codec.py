@@ -178,7 +178,7 @@ def test_a_table_that_does_not_tile_the_bytes_is_refused_before_a_tensor_is_made
     monkeypatch.setattr(codec.torch, "frombuffer", never)
     monkeypatch.setattr(codec.torch, "empty", never)
     with pytest.raises(CorruptEntry):
-        decode(data)
+        decode(data, verify="header")  # so that the checksum of the bytes cannot be what refuses it
 
 
 def test_shapes_without_elements_may_not_overflow_torch():
@@ -193,8 +193,26 @@ def test_shapes_without_elements_may_not_overflow_torch():
 
 @pytest.mark.parametrize("length", [HUGE, 2**64 - 1, 10_000_000, 0])
 def test_a_header_length_is_compared_with_what_is_there(length):
-    with pytest.raises(CorruptEntry):
+    with pytest.raises(CorruptEntry, match="header" if length else "JSON"):
         decode(struct.pack("<Q", length) + encoded()[8:])
+
+
+def test_a_header_is_small_however_large_the_entry(monkeypatch):
+    monkeypatch.setattr(codec.json, "loads", lambda *a, **k: pytest.fail("a giant header was parsed"))
+    with pytest.raises(CorruptEntry, match="header claims"):
+        decode(joined(b" " * (codec.MAX_HEADER_BYTES + 1), b""))
+
+
+def test_a_name_may_not_appear_twice():
+    data = encoded(SegmentEntry({"x": torch.zeros(2)}))
+    length = struct.unpack("<Q", data[:8])[0]
+    text, tensors = data[8 : 8 + length].decode(), data[8 + length :]
+    row = json.dumps(json.loads(text)["x"], separators=(",", ":"))
+    assert f'"x":{row}' in text
+    twice = text.replace(f'"x":{row}', f'"x":{row},"x":{row}')
+    assert_same(decode(joined(text.encode(), tensors)), SegmentEntry({"x": torch.zeros(2)}))
+    with pytest.raises(CorruptEntry, match="twice"):
+        decode(joined(twice.encode(), tensors))
 
 
 def test_a_header_that_is_a_bomb_is_refused():

@@ -51,6 +51,8 @@ SUPPORTED = {
     "two-thetas-gemma3": ("Gemma3", {"head_dim": 32, "sliding_window": 64, "num_hidden_layers": 6}),
     "nope-smollm3": ("SmolLM3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
     "neox-partial": ("GPTNeoX", {}),
+    "sliding-and-nope-cohere2": ("Cohere2", {"head_dim": 16, "sliding_window": 8}),
+    "yarn-gpt-oss": ("GptOss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
 }
 
@@ -272,6 +274,17 @@ def test_what_cannot_be_moved_is_refused_by_name(name):
         Relocator.from_model(model)
     with pytest.raises(UnsupportedModel, match=reason):
         RopeSignature.of(model)
+
+
+def test_models_that_see_images_may_move_text_only():
+    text = {**SIZES, **rope("default", mrope_section=[2, 3, 3])}
+    config = transformers.Qwen2VLConfig(
+        text_config=text, vision_config=dict(depth=1, embed_dim=32, hidden_size=64, num_heads=2)
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    assert Relocator.from_model(model).text_only and probe(model).relative_error < 1e-4
+    assert not Relocator.from_model(make("default")).text_only
 
 
 def test_image_positions_are_refused():
