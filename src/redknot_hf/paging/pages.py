@@ -268,10 +268,14 @@ class LayerPages:
         )
 
     def ring_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All slots of the local heads: two ``[batch, h, slots, dim]`` copies, ``slots`` a multiple of the page size.
+        """All slots of the local heads: two ``[batch, h, slots, dim]``, ``slots`` a multiple of the page size.
 
-        Slot ``s`` of a head is real if ``s < stored()``; the rest is finite (zero or old) and must be masked.
+        Slot ``s`` of a head is real if ``s < stored()``; the rest is finite (zero or old) and must be masked. Views where
+        the pages lie side by side, else copies.
         """
+        found = self._runs_of(self.ring_heads, "ring", slice(None))
+        if found is not None:
+            return self._strided(found, self.batch_size, len(self.ring_heads))
         pages = int(self.pages_for(self.lens)[:, self.ring_heads].max(initial=0))
         if self._ring_index is None or self._ring_index[0] != pages:
             index = torch.from_numpy(self.table[:, self.ring_heads, :pages].astype(np.int64).ravel())
@@ -287,15 +291,13 @@ class LayerPages:
         the end of a shorter row may belong to somebody else. With ``row`` the views cover that row alone.
         """
         rows = slice(None) if row is None else slice(row, row + 1)
-        key = -1 if row is None else row
-        if key not in self._runs:
-            self._runs[key] = self._find_runs(rows)
-        found = self._runs[key]
-        if found is None:
-            return None
-        first, stride, pages = found
+        found = self._runs_of(self.full_heads, row, rows)
         batch = self.batch_size if row is None else 1
-        heads, size = len(self.full_heads), self.pool.page_size
+        return None if found is None else self._strided(found, batch, len(self.full_heads))
+
+    def _strided(self, found: tuple[int, int, int], batch: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        first, stride, pages = found
+        size = self.pool.page_size
         views = []
         for slab in (self.pool.k, self.pool.v):
             dim = slab.shape[2]
@@ -305,8 +307,14 @@ class LayerPages:
             )
         return views[0], views[1]
 
-    def _find_runs(self, rows: slice) -> tuple[int, int, int] | None:
-        part = self.table[rows][:, self.full_heads]
+    def _runs_of(self, heads: np.ndarray, key: int | str | None, rows: slice) -> tuple[int, int, int] | None:
+        """First page, distance and length of the runs of ``heads``, or None; kept until the table changes."""
+        if key not in self._runs:
+            self._runs[key] = self._find_runs(self.table[rows][:, heads])
+        return self._runs[key]
+
+    @staticmethod
+    def _find_runs(part: np.ndarray) -> tuple[int, int, int] | None:
         counts = (part > 0).sum(2)
         pages = int(counts.max(initial=0))
         if pages == 0 or (counts != pages).any():
@@ -322,7 +330,7 @@ class LayerPages:
     def _changed(self) -> None:
         """The table was edited: forget what was derived from it."""
         self._room = 0
-        self._runs: dict[int, tuple[int, int, int] | None] = {}
+        self._runs: dict[int | str | None, tuple[int, int, int] | None] = {}
         self._ring_index: tuple[int, torch.Tensor] | None = None
         self.version = getattr(self, "version", 0) + 1
 
