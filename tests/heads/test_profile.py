@@ -11,13 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import Gemma2Config, LlamaConfig
 
 from redknot_hf.errors import RedKnotError
 from redknot_hf.heads import HeadProfile, config_hash, describe_config, model_shape
 from redknot_hf.heads import profile as profile_module
 
 HEADS = 4
+SIZE_KEYS = ("vocab_size", "intermediate_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads")  # fmt: skip
 
 
 def config(**changes):
@@ -140,6 +142,9 @@ def test_shape_of_configs_that_say_less():
         ({"metadata": []}, r"metadata is \[\]"),
         ({"metadata": {"attention_layers": [3, 1]}}, "attention_layers"),
         ({"metadata": {"attention_layers": [0, 4]}}, "attention_layers"),
+        ({"metadata": {"sliding_layers": [0, True]}}, "sliding_layers"),
+        ({"metadata": {"sliding_window": 0}}, r"metadata\['sliding_window'\] is 0"),
+        ({"metadata": {"head_dim": "64"}}, r"metadata\['head_dim'\] is '64'"),
         ({"metadata": {"scores": {"gate": [[1, 2]]}}}, r"scores'\]\['gate'\] has 1 rows; expected 4"),
         ({"metadata": {"scores": {"gate": [[1, 2], [3, math.inf], [1, 1], [1, 1]]}}}, r"\[1\]\[1\] is inf"),
     ],
@@ -199,13 +204,37 @@ def test_kv_bytes_limits():
     assert profile.kv_bytes(100, dtype="float32", page_size=1) == 2 * profile.dense_kv_bytes(100)
     local = make()
     assert local.kv_bytes(10_000) - local.kv_bytes(9_936) == 3 * 64 * 8 * 2 * 2 * 1  # only the three that keep all grow
-    assert local.table_bytes(640, batch_size=2) == 4 * 2 * (2 * 10 + 1 + 2 * 2 + 1 + 2 * 10 + 1 + 2 * 2 + 1)
+    assert local.table_bytes(640, batch_size=2) == 4 * 2 * (2 * 10 + 2 * 2 + 2 * 10 + 2 * 2)
     assert make(metadata={}).kv_bytes(64, head_dim=16) == 8 * 64 * 16 * 4
     with pytest.raises(RedKnotError, match="head_dim is unknown"):
         make(metadata={}).kv_bytes(10)
     for bad in ({"seq_len": -1}, {"seq_len": 1.5}, {"page_size": 0}, {"dtype": "float12"}, {"batch_size": -1}):
         with pytest.raises(RedKnotError, match=next(iter(bad))):
             local.kv_bytes(**{"seq_len": 8, **bad})
+
+
+@pytest.mark.parametrize("sliding", [None, 40, 64])
+@pytest.mark.parametrize("seq_len", [1, 16, 54, 55, 200, 513])
+@torch.no_grad()
+def test_kv_bytes_is_what_the_allocator_reports(seq_len, sliding):
+    from transformers import AutoModelForCausalLM
+
+    from redknot_hf import RedKnotCache
+
+    tiny = config(vocab_size=32, intermediate_size=32)
+    if sliding:  # a window of the model's own in some layers, narrower or wider than the heads'
+        sizes = {key: value for key, value in tiny.to_dict().items() if key in SIZE_KEYS}
+        tiny = Gemma2Config(**sizes, head_dim=8, sliding_window=sliding)
+        assert tiny.layer_types[:2] == ["sliding_attention", "full_attention"]
+    model = AutoModelForCausalLM.from_config(tiny, attn_implementation="redknot").eval()
+    profile = HeadProfile.uniform(tiny, window=50, global_heads={(0, 0), (0, 3), (2, 1)})
+    cache = RedKnotCache(tiny, profile, page_size=16)
+    model(torch.ones(2, seq_len, dtype=torch.long), past_key_values=cache)
+    report = cache.memory_report()
+    assert report.live - report.tables == profile.kv_bytes(seq_len, 2, torch.float32, 16)
+    assert report.tables == profile.table_bytes(seq_len, 2, 16)
+    assert report.ideal == profile.kv_bytes(seq_len, 2, torch.float32, page_size=1)
+    assert sliding or report.dense == profile.dense_kv_bytes(seq_len, 2, torch.float32)
 
 
 # ---------------------------------------------------------------- budgets, fit to a model

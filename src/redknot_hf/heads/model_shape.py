@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RedKnotError, shorten
 
-__all__ = ["ModelShape", "config_hash", "describe_config", "model_shape"]
+__all__ = ["ModelShape", "config_hash", "describe_config", "model_shape", "provenance_difference"]
 
 # layer_types of transformers whose layers hold keys and values per token. Anything else (linear_attention, mamba, conv,
 # recurrent...) keeps a state of its own that a head profile does not touch.
@@ -41,6 +42,8 @@ class ModelShape:
         num_attention_heads: query heads of an attention layer.
         head_dim: elements per head; None when the config does not tell.
         attention_layers: layers that hold KV; None means all of them.
+        sliding_window: the model's own window in tokens, None when it has none.
+        sliding_layers: layers it applies to; None means all attention layers.
         name: `config._name_or_path`, or "" when unknown.
         model_type: `config.model_type`, or "".
         revision: commit of the Hub repository the config came from; None when unknown.
@@ -51,6 +54,8 @@ class ModelShape:
     num_attention_heads: int
     head_dim: int | None
     attention_layers: tuple[int, ...] | None
+    sliding_window: int | None
+    sliding_layers: tuple[int, ...] | None
     name: str
     model_type: str
     revision: str | None
@@ -92,14 +97,30 @@ def model_shape(config: Any) -> ModelShape:
         head_dim = hidden // heads if isinstance(hidden, int) and hidden >= heads else None
 
     types = getattr(text, "layer_types", None)
-    attention_layers = None
+    attention_layers = sliding_layers = None
+    sliding_window = getattr(text, "sliding_window", None)
+    sliding_window = sliding_window if type(sliding_window) is int and sliding_window > 0 else None
     if isinstance(types, (list, tuple)) and len(types) == num_layers:
         held = tuple(i for i, kind in enumerate(types) if kind in _ATTENTION_LAYER_TYPES)
         # No known type at all means names we have never seen, not a model without attention.
         attention_layers = held if 0 < len(held) < num_layers else None
+        sliding_layers = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+    if not sliding_window or sliding_layers == ():
+        sliding_window = sliding_layers = None
 
     revision = getattr(config, "_commit_hash", None) or getattr(text, "_commit_hash", None)
-    return ModelShape(num_layers, kv_heads, heads, head_dim, attention_layers, name, model_type, revision)
+    return ModelShape(
+        num_layers=num_layers,
+        num_kv_heads=kv_heads,
+        num_attention_heads=heads,
+        head_dim=head_dim,
+        attention_layers=attention_layers,
+        sliding_window=sliding_window,
+        sliding_layers=sliding_layers,
+        name=name,
+        model_type=model_type,
+        revision=revision,
+    )
 
 
 def config_hash(config: Any) -> str:
@@ -119,9 +140,39 @@ def describe_config(config: Any) -> dict[str, Any]:
         "revision": shape.revision,
         "config_hash": config_hash(config),
         "head_dim": shape.head_dim,
-        "attention_layers": list(shape.attention_layers) if shape.attention_layers is not None else None,
+        "attention_layers": None if shape.attention_layers is None else list(shape.attention_layers),
+        "sliding_window": shape.sliding_window,
+        "sliding_layers": None if shape.sliding_layers is None else list(shape.sliding_layers),
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def provenance_difference(metadata: dict[str, Any], config: Any) -> str | None:
+    """What a profile's metadata records that this model is not, as a sentence; None when nothing speaks against it."""
+    shape = model_shape(config)
+    recorded = metadata.get("config_hash")
+    same_architecture = recorded == config_hash(config) if recorded else None
+    aliases = metadata.get("model_aliases")
+    known = [metadata.get("model"), *(aliases if isinstance(aliases, list) else [])]
+    known_names = {basename(str(model)) for model in known if model}
+    used = basename(shape.name)
+    differences = []
+    # A local directory may be called anything; its name says nothing unless the architecture differs.
+    is_directory = bool(shape.name) and os.path.isdir(shape.name)
+    if known_names and used and used not in known_names and not (is_directory and same_architecture is not False):
+        differences.append(f"model {shorten(metadata.get('model'))}, used with {shorten(shape.name)}")
+    if metadata.get("revision") and shape.revision and metadata["revision"] != shape.revision:
+        differences.append(f"revision {shorten(metadata['revision'])}, used with {shorten(shape.revision)}")
+    if same_architecture is False:
+        differences.append(f"config hash {shorten(recorded)}, used with {config_hash(config)}")
+    if not differences:
+        return None
+    return f"the head profile was made for {'; '.join(differences)}: its head classes may not fit these weights"
+
+
+def basename(name: str) -> str:
+    """The last part of a path or Hub id, in lower case: what model names are compared by."""
+    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def _uniform(value: Any, who: str) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ProfileError, shorten
-from .model_shape import config_hash, describe_config, model_shape
+from .model_shape import describe_config, model_shape, provenance_difference
 from .selection import MAX_TOKENS, choose_global, integer, select_by_score
 
 __all__ = ["HEAD_CLASSES", "MAX_TOKENS", "HeadProfile"]
@@ -42,7 +42,8 @@ class HeadProfile:
     (W counts p itself, as transformers' `sliding_window` does). Every other class sees all j <= p.
 
     Every layer of the model has a row. In a layer without attention (linear attention, SSM) the row is never read; in a
-    layer with the model's own sliding window, that window is intersected with the head's.
+    layer with the model's own sliding window, that window is intersected with the head's: a head with a wider window
+    stores the model's window and no sinks.
 
     Attributes:
         num_layers: decoder layers of the model, L.
@@ -217,6 +218,13 @@ class HeadProfile:
         layers = self.metadata.get("attention_layers")
         return list(range(self.num_layers)) if layers is None else list(layers)
 
+    @property
+    def model_windows(self) -> list[int]:
+        """The model's own sliding window of every layer, 0 where there is none or the metadata does not record it."""
+        window = self.metadata.get("sliding_window") or 0
+        layers = set(self.attention_layers) & set(self.metadata.get("sliding_layers", range(self.num_layers)))
+        return [window if l in layers else 0 for l in range(self.num_layers)]
+
     def stored_tokens(self, seq_len: int, rollback: int = 0) -> list[list[int]]:
         """Tokens each (layer, KV head) stores after `seq_len` tokens of one sequence, `[L][H]`.
 
@@ -227,13 +235,16 @@ class HeadProfile:
         integer(seq_len, "seq_len", 0, 2**40)
         integer(rollback, "rollback", 0)
         held = set(self.attention_layers)
-        return [
-            [
-                0 if l not in held else min(seq_len, s + w + rollback) if c == "local" else seq_len
+        stored = []
+        for l, model_window in enumerate(self.model_windows):
+            limits = [
+                s + w + rollback if c == "local" and (not model_window or w < model_window)
+                else model_window + rollback if model_window
+                else seq_len
                 for c, s, w in zip(self.head_class[l], self.sink[l], self.window[l], strict=True)
-            ]
-            for l in range(self.num_layers)
-        ]
+            ]  # fmt: skip
+            stored.append([min(seq_len, limit) if l in held else 0 for limit in limits])
+        return stored
 
     def kv_bytes(
         self,
@@ -278,13 +289,13 @@ class HeadProfile:
         return batch_size * cells * seq_len * 2 * self._head_dim(head_dim) * _itemsize(dtype)
 
     def table_bytes(self, seq_len: int, batch_size: int = 1, page_size: int = 64, rollback: int = 0) -> int:
-        """Bytes of the page tables and lengths: one int32 entry per page of each layer's longest head, for every head,
-        and one int32 length per sequence and layer (`block_table [batch, kv_heads, max_pages]`, `seq_lens [batch]`)."""
+        """Bytes of the page tables after one prefill: int32 `block_table [batch, kv_heads, max_pages]` per layer, wide
+        enough for the layer's longest head. A table that grew while decoding may have spare columns."""
         integer(page_size, "page_size", 1)
         total = 0
         tokens = self.stored_tokens(seq_len, rollback)
         for layer in self.attention_layers:
-            total += self.num_kv_heads * -(-max(tokens[layer]) // page_size) + 1
+            total += self.num_kv_heads * -(-max(tokens[layer]) // page_size)
         return 4 * batch_size * total
 
     # ---------------------------------------------------------------- checking one
@@ -330,29 +341,10 @@ class HeadProfile:
                 f"model {shape.name or shape.model_type!r} has {shape.num_layers} layers x {shape.num_kv_heads} KV "
                 "heads; pass a profile made for this model, or HeadProfile.all_global(config), which is exact"
             )
-        difference = self._provenance_difference(config, shape.name, shape.revision)
+        difference = provenance_difference(self.metadata, config)
         if difference and difference not in _warned:
             _warned.add(difference)
             warnings.warn(difference, UserWarning, stacklevel=2)
-
-    def _provenance_difference(self, config: Any, name: str, revision: str | None) -> str | None:
-        recorded = self.metadata.get("config_hash")
-        same_architecture = recorded == config_hash(config) if recorded else None
-        known = [self.metadata.get("model"), *self.metadata.get("model_aliases", [])]
-        known_names = {str(model).rstrip("/").rsplit("/", 1)[-1].lower() for model in known if model}
-        used = name.replace(os.sep, "/").rstrip("/").rsplit("/", 1)[-1].lower()
-        differences = []
-        # A local directory may be called anything; its name says nothing once the architecture agrees.
-        is_directory = bool(name) and os.path.isdir(name)
-        if known_names and used and used not in known_names and not (is_directory and same_architecture is not False):
-            differences.append(f"model {self.metadata.get('model')!r}, used with {name!r}")
-        if self.metadata.get("revision") and revision and self.metadata["revision"] != revision:
-            differences.append(f"revision {self.metadata['revision']!r}, used with {revision!r}")
-        if same_architecture is False:
-            differences.append(f"config hash {recorded}, used with {config_hash(config)}")
-        if not differences:
-            return None
-        return f"the head profile was made for {'; '.join(differences)}: its head classes may not fit these weights"
 
     # ---------------------------------------------------------------- private
 
@@ -387,14 +379,19 @@ class HeadProfile:
     def _validate_metadata(self) -> None:
         if not isinstance(self.metadata, dict):
             raise ProfileError(f"metadata is {shorten(self.metadata)}; expected a dictionary")
-        layers = self.metadata.get("attention_layers")
-        if layers is not None:
+        for key in ("attention_layers", "sliding_layers"):
+            layers = self.metadata.get(key)
+            if layers is None:
+                self.metadata.pop(key, None)
+                continue
             bad = not isinstance(layers, (list, tuple)) or [l for l in layers if type(l) is not int]
             if bad or sorted(set(layers)) != list(layers) or not all(0 <= l < self.num_layers for l in layers):
                 raise ProfileError(
-                    f"metadata['attention_layers'] is {shorten(layers)}; expected increasing layer numbers below "
-                    f"{self.num_layers}"
+                    f"metadata[{key!r}] is {shorten(layers)}; expected increasing layer numbers below {self.num_layers}"
                 )
+        for key in ("head_dim", "sliding_window"):
+            if self.metadata.get(key) is not None:
+                integer(self.metadata[key], f"metadata[{key!r}]", 1)
         scores = self.metadata.get("scores", {})
         if not isinstance(scores, dict):
             raise ProfileError(

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ProfileError, shorten
 from .codec import from_document, to_text
-from .model_shape import model_shape
+from .model_shape import basename, model_shape
 from .profile import HeadProfile
 from .strict_json import read_json
 
@@ -112,24 +112,21 @@ def _shipped_by_name(name: str) -> HeadProfile | None:
 
 
 def _by_basename(name: str) -> HeadProfile | None:
-    wanted = _basename(name)
+    wanted = basename(name)
     if not wanted:
         return None
     for shipped in shipped_names():
         if wanted == shipped.lower():
             return _copy(_shipped(shipped))
     for shipped in shipped_names():
-        if wanted in {_basename(str(known)) for known in _known_names(_shipped(shipped))}:
+        if wanted in {basename(str(known)) for known in _known_names(_shipped(shipped))}:
             return _copy(_shipped(shipped))
     return None
 
 
 def _known_names(profile: HeadProfile) -> list[Any]:
-    return [profile.metadata.get("model", ""), *profile.metadata.get("model_aliases", [])]
-
-
-def _basename(name: str) -> str:
-    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
+    aliases = profile.metadata.get("model_aliases")
+    return [profile.metadata.get("model", ""), *(aliases if isinstance(aliases, list) else [])]
 
 
 @cache
