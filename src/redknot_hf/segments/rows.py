@@ -29,10 +29,10 @@ from ..paging import torch_attention
 from ..paging.pages import KEEP_ALL
 from ..paging.torch_attention import AttentionSpec
 
-__all__ = ["PAGE", "RowSet", "attend_rows", "attention_weights"]
+__all__ = ["PAGE", "RowSet", "attend_rows", "attention_weights", "kinds"]
 
 PAGE = 64  # slots are padded to whole pages, so that the kernel can read linear storage as pages
-# Rows of one masked call. A block reads the keys up to its last row: small ones waste less, large ones start less often.
+# Rows of one masked call. A block reads the keys up to its last row: small ones waste less, large ones are fewer.
 CPU_BLOCK, GPU_BLOCK = 128, 1024
 MASK_ELEMENTS = 1 << 27  # masks above this are made for each layer anew instead of being kept for the forward
 
@@ -54,8 +54,8 @@ class RowSet:
     Args:
         positions: int64 ``[n]`` on the host, strictly increasing request positions.
         device: where the forward runs.
-        partial: bool ``[n]``: rows whose new keys and values replace stored ones only in heads that keep everything.
-            None: every row replaces in every head.
+        partial: bool ``[n]``: rows whose new keys and values replace stored ones only in some heads (see
+            `SpliceCache.partial_heads`). None: every row replaces in every head.
     """
 
     def __init__(self, positions: np.ndarray, device: torch.device | str, partial: np.ndarray | None = None):
@@ -143,12 +143,14 @@ def attend_rows(
     Returns:
         ``[batch, n, q_heads, value_dim]``.
     """
+    if not len(rows):
+        return q.new_empty(q.shape[0], 0, q.shape[1], v.shape[3])
     if _kernel_serves(q, k, v):
         return _attend_by_kernel(q, rows, k, v, sink, window, spec)
     num_heads = k.shape[1]
     grouped = q.unflatten(1, (num_heads, -1))
     parts = []
-    for s, w, heads in _kinds(sink, window):
+    for s, w, heads in kinds(sink, window):
         keys, values, mine = _heads(k, heads), _heads(v, heads), _heads(grouped, heads)
         if w >= KEEP_ALL and spec.plain and not spec.model_window and rows.contiguous and rows.host[0] == 0:
             n = len(rows)
@@ -197,7 +199,7 @@ def attention_weights(
     return scores.softmax(-1)
 
 
-def _kinds(sink: np.ndarray, window: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+def kinds(sink: np.ndarray, window: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
     """Heads of equal sink and window."""
     pairs = np.stack([sink, window], 1)
     for kind in np.unique(pairs, axis=0):

@@ -35,7 +35,13 @@ __all__ = ["Observer", "SpliceCache", "SpliceLayer", "decoder_layers", "forward_
 
 
 class Observer:
-    """Looks on while rows are computed; both methods do nothing unless overridden."""
+    """Looks on while rows are computed; both methods do nothing unless overridden.
+
+    Attributes:
+        compares: `rows` reads what is stored at the rows that are about to be replaced.
+    """
+
+    compares = False
 
     def rows(self, layer: SpliceLayer, rows: RowSet, k: torch.Tensor, v: torch.Tensor) -> None:
         """Called before the new keys and values ``[batch, kv_heads, n, dim]`` of the rows replace what is stored."""
@@ -129,6 +135,8 @@ class SpliceLayer(CacheLayerMixin):
         query, k, v = query.detach(), handle.k, handle.v
         assert k is not None and v is not None
         spec = AttentionSpec(scale, softcap or 0.0, s_aux, self.extra_window)
+        if self.cache.loader is not None:
+            self.cache.loader(self, rows)
         if self.cache.observer is not None:
             self.cache.observer.rows(self, rows, k, v)
         self._overwrite(rows, k, v)
@@ -149,7 +157,7 @@ class SpliceLayer(CacheLayerMixin):
             else:
                 some = new.index_select(2, rows.whole).to(store.dtype)
                 store.index_copy_(2, rows.positions[rows.whole], some)
-                for head in np.flatnonzero(self.window >= KEEP_ALL):
+                for head in np.flatnonzero(self.cache.partial_heads[self.index]):
                     store[:, head].index_copy_(1, rows.positions, new[:, head].to(store.dtype))
 
     def release(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,6 +197,9 @@ class SpliceCache(Cache):
     Attributes:
         rows: the rows of the running forward.
         observer: who looks on, or None.
+        partial_heads: bool ``[layers][kv_heads]``, the heads that take the new keys of partial rows: at first those
+            that the profile does not call local.
+        loader: called with (layer, rows) before a layer's rows overwrite and attend: brings what they will read.
 
     Raises:
         UnsupportedModel: the model has layers that are not plain attention, or layers sharing keys.
@@ -207,7 +218,10 @@ class SpliceCache(Cache):
         self.slots = -(-max(length, 1) // PAGE) * PAGE
         self.rows: RowSet | None = None
         self.observer: Observer | None = None
+        self.loader: Callable[[SpliceLayer, RowSet], None] | None = None
         self.staged = self.consumed = 0
+        classes = target.profile.head_class if target.profile is not None else [["global"] * 4096] * len(target.layers)
+        self.partial_heads = [np.array([kind != "local" for kind in row]) for row in classes]
         super().__init__(layers=[SpliceLayer(self, layer.index, layer.model_window) for layer in target.paged_layers])
 
     def hand_over(self, tokens: int) -> None:
@@ -257,7 +271,8 @@ def forward_rows(
 
 def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
     """The model without its head on top."""
-    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    getter: Any = getattr(model, "get_decoder", None)
+    found = getter() if getter is not None else None
     return found if found is not None else model.base_model  # type: ignore[return-value]
 
 
@@ -295,8 +310,8 @@ def narrow_rows(
     def enter(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         nonlocal first, kept
         rows = cache.rows
-        if rows is None:
-            return None
+        if rows is None or not any(x is cache for x in (*args, *kwargs.values())):
+            return None  # another forward of the same model
         if first is None:
             first = rows
         mine = None

@@ -1,0 +1,486 @@
+"""Prompts put together from documents that were computed once.
+
+    prompt = SegmentedPrompt(model, tokenizer, "file:///var/cache/segments", header="You answer questions.")
+    a, b = prompt.add(text_a), prompt.add(text_b)
+    built = prompt.build([b, a], "Who wrote the second document?")
+    out = model.generate(**built, max_new_tokens=64)
+    print(built.account)
+
+A build lays out header, segments and query, fetches the segments (computing and storing those that are missing),
+rotates their keys to their places, lets a selector choose rows to recompute, runs the model once over these rows and
+the query, and hands the result over to a `RedKnotCache` that lacks the prompt's last token, which `generate`
+computes.
+
+Reuse is approximate unless everything before a segment is what it was computed behind, or every row is recomputed. The
+account says which.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..cache import RedKnotCache
+from ..errors import RedKnotError, shorten
+from ..heads import HeadProfile
+from .account import BuildAccount, SegmentAccount
+from .capture import capture
+from .codec import CorruptEntry, SegmentEntry
+from .entry import SegmentRows, unpack
+from .keys import SegmentKey, model_fingerprint
+from .placing import Loader, Place
+from .rope import Relocator
+from .rows import RowSet
+from .select import Choice, PromptView, Selector, choose, selector_of
+from .splice import SpliceCache, forward_rows, narrow_rows
+from .stores import SegmentStore
+
+__all__ = ["DEFAULT_RATIO", "DEFAULT_SELECTOR", "SegmentedPrompt", "SplicedPrompt"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RATIO = 0.15
+DEFAULT_SELECTOR = "blend"
+Tokens = str | Sequence[int] | torch.Tensor
+
+
+class SplicedPrompt(dict[str, Any]):
+    """What `model.generate(**prompt)` takes: input_ids, attention_mask, past_key_values.
+
+    Attributes:
+        account: what building it took; not passed to `generate`.
+    """
+
+    account: BuildAccount
+
+    def __init__(self, items: dict[str, Any], account: BuildAccount):
+        super().__init__(items)
+        self.account = account
+
+
+class SegmentedPrompt:
+    """Builds prompts from stored segments, for one model, header and profile.
+
+    Args:
+        model: a causal LM with ``attn_implementation="redknot"``.
+        tokenizer: turns texts into ids; None if only ids are given. Segments and queries get no special tokens.
+        store: a `SegmentStore` or the URL of one.
+        profile: as for `RedKnotCache`. Its windows hold while documents are computed, too (see ``prefill``).
+        header: what every prompt begins with, and what documents are computed behind: the system prompt, or at least
+            the BOS token. A text gets the tokenizer's special tokens. None: the special tokens that the tokenizer
+            puts in front of a text, if any; without any header reuse is visibly worse.
+        prefill: ``"windowed"`` or ``"full"``, as for `RedKnotCache`. With "full" stored segments serve every profile.
+        page_size, rollback: of the caches that are built.
+        batch_tokens: tokens of one forward when documents are computed.
+
+    Raises:
+        UnsupportedModel: the model's keys cannot be relocated, or its layers cannot be spliced; the message says why.
+        RedKnotError: the model runs another attention implementation.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        store: SegmentStore | str,
+        profile: HeadProfile | str | None = None,
+        *,
+        header: Tokens | None = None,
+        prefill: str = "windowed",
+        page_size: int = 64,
+        rollback: int = 0,
+        batch_tokens: int = 16384,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.store = store if isinstance(store, SegmentStore) else SegmentStore(store)
+        self._options = dict(prefill=prefill, page_size=page_size, rollback=rollback)
+        self.batch_tokens = batch_tokens
+        first = RedKnotCache.for_model(model, profile, **self._options)
+        self.profile = first.profile
+        SpliceCache(first, 1)  # refuses models that cannot be spliced
+        self.relocator = Relocator.from_model(model)
+        self.header = self._header_ids(header)
+        self.behind = (
+            self.header
+        )  # what documents are computed behind; something else makes reuse worse, as baselines do
+        self.device = next(model.parameters()).device
+        self._segments: dict[str, tuple[int, ...]] = {}
+        self._identity = dict(
+            model=model_fingerprint(model),
+            rope=self.relocator.signature,
+            dtype=model.dtype,
+            profile="" if prefill == "full" else _profile_id(self.profile),
+        )
+        # one token tells the shapes that every entry must have
+        _, probe = next(capture(model, self.new_cache, None, [[0]]))
+        rows = unpack(probe, len(first.layers), 1, 0, model.dtype, self.device)
+        self._shapes = [(k.shape[0], k.shape[2], v.shape[2]) for k, v in zip(rows.keys, rows.values, strict=True)]
+
+    def new_cache(self) -> RedKnotCache:
+        """An empty cache as the builds hand out."""
+        profile = self.profile if self.profile is not None else HeadProfile.all_global(self.model.config)
+        return RedKnotCache.for_model(self.model, profile, **self._options)
+
+    # ------------------------------------------------------------------------------------------------- segments
+    def add(self, segment: Tokens) -> str:
+        """Make sure that a segment is in the store; computes it if it is not.
+
+        Args:
+            segment: text, or token ids.
+
+        Returns:
+            Its id for `build`: 64 hex digits, the same in every process with the same model, header and profile.
+
+        Raises:
+            RedKnotError: no tokens.
+        """
+        return self.add_many([segment])[0]
+
+    def add_many(self, segments: Sequence[Tokens]) -> list[str]:
+        """`add` for many segments; those that are missing are computed in batches."""
+        keys = [self._register(segment) for segment in segments]
+        missing = {key.hex: key for key in keys if not self.store.contains(key)}
+        self._compute(list(missing.values()))
+        return [key.hex for key in keys]
+
+    def _register(self, segment: Tokens) -> SegmentKey:
+        key = self._key(self._ids(segment, "segment"), self.behind)
+        self._segments[key.hex] = key.token_ids
+        return key
+
+    def _key(self, ids: Sequence[int], header: Sequence[int]) -> SegmentKey:
+        return SegmentKey.of(token_ids=ids, header_ids=header, **self._identity)
+
+    def _ids(self, value: Tokens, name: str) -> list[int]:
+        if isinstance(value, str):
+            if self.tokenizer is None:
+                raise RedKnotError(f"{name} is a text but tokenizer is None: pass token ids, or a tokenizer")
+            return list(self.tokenizer(value, add_special_tokens=False)["input_ids"])
+        if isinstance(value, torch.Tensor):
+            if value.dim() == 2 and value.shape[0] == 1:
+                value = value[0]
+            if value.dim() != 1 or value.dtype.is_floating_point:
+                raise RedKnotError(f"{name}: expected one row of ids, got {value.dtype} {list(value.shape)}")
+            return value.tolist()
+        if not isinstance(value, Sequence) or not all(isinstance(i, (int, np.integer)) for i in value):
+            raise RedKnotError(
+                f"{name}={shorten(value)}: expected a text, a list of token ids or a 1D tensor; prompts are built "
+                "one at a time"
+            )
+        return [int(i) for i in value]
+
+    def _header_ids(self, header: Tokens | None) -> list[int]:
+        if header is None:
+            return [] if self.tokenizer is None else list(self.tokenizer("")["input_ids"])
+        if isinstance(header, str) and self.tokenizer is not None:
+            return list(self.tokenizer(header)["input_ids"])
+        return self._ids(header, "header")
+
+    # ------------------------------------------------------------------------------------------ computing, fetching
+    def _compute(self, keys: list[SegmentKey]) -> dict[str, SegmentEntry]:
+        """Compute and store segments; the header comes first, as the others need it."""
+        entries: dict[str, SegmentEntry] = {}
+        if not keys:
+            return entries
+        header = self._header_rows(entries) if any(key.header_ids for key in keys) else None
+        for behind in (False, True):
+            batch = [key for key in keys if bool(key.header_ids) == behind and key.hex not in entries]
+            documents = [key.token_ids for key in batch]
+            rows = header if behind else None
+            for i, entry in capture(self.model, self.new_cache, rows, documents, self.batch_tokens):
+                entries[batch[i].hex] = entry
+                self.store.put(batch[i], entry)
+        return entries
+
+    def _header_rows(self, entries: dict[str, SegmentEntry]) -> SegmentRows:
+        key = self._key(self.header, ())
+        found = self._fetch([key])[key.hex]
+        if found is None:
+            ((_, entry),) = capture(self.model, self.new_cache, None, [self.header], self.batch_tokens)
+            self.store.put(key, entry)
+            entries[key.hex] = entry
+            found = self._opened(key, entry)
+        return found
+
+    def _fetch(self, keys: Sequence[SegmentKey]) -> dict[str, SegmentRows | None]:
+        """Rows of stored segments; None for what is missing, damaged or not ours."""
+        unique = list({key.hex: key for key in keys}.values())
+        found: dict[str, SegmentRows | None] = {}
+        for key, entry in zip(unique, self.store.get_many(unique), strict=True):
+            found[key.hex] = None
+            if entry is None:
+                continue
+            try:
+                found[key.hex] = self._opened(key, entry)
+            except CorruptEntry as error:
+                logger.warning("%r: entry %s cannot be used: %s; computed anew", self.store, key.hex[:12], error)
+                self.store.delete(key)
+        return found
+
+    def _opened(self, key: SegmentKey, entry: SegmentEntry) -> SegmentRows:
+        rows = unpack(entry, len(self._shapes), len(key.token_ids), len(key.header_ids), self.model.dtype, self.device)
+        shapes = [(k.shape[0], k.shape[2], v.shape[2]) for k, v in zip(rows.keys, rows.values, strict=True)]
+        if shapes != self._shapes:
+            raise CorruptEntry(f"its layers have (heads, dims) {shapes[0]}, the model has {self._shapes[0]}")
+        return rows
+
+    # -------------------------------------------------------------------------------------------------------- build
+    @torch.no_grad()
+    def build(
+        self,
+        segments: Sequence[Tokens],
+        query: Tokens = "",
+        recompute: float | Sequence[float] = DEFAULT_RATIO,
+        selector: str | Selector = DEFAULT_SELECTOR,
+        *,
+        relocate: bool = True,
+    ) -> SplicedPrompt:
+        """Put a prompt together.
+
+        Args:
+            segments: ids from `add`, or texts or token ids, in any order; the same one may appear twice.
+            query: what follows the segments; always computed. May be empty.
+            recompute: share of the segments' rows that is computed anew, 0 to 1, or one share per layer, never growing.
+                At 1 the result equals a full prefill.
+            selector: "boundary", "kv_deviation", "query_attention", "blend", an object from `select`, or a callable
+                that takes a `PromptView`.
+            relocate: False keeps the keys rotated for where they were computed. Wrong; measured as a baseline.
+
+        Returns:
+            A dict for ``model.generate(**built)`` with the attribute ``account``.
+
+        Raises:
+            RedKnotError: an unknown segment id, a ratio out of range, an empty prompt.
+        """
+        clock = _Clock(self.device)
+        keys = [self._key(self.header, ())] if self.header else []
+        keys += [self._resolve(segment) for segment in segments]
+        query_ids = self._ids(query, "query")
+        ids = torch.tensor([i for key in keys for i in key.token_ids] + query_ids)
+        length = len(ids)
+        if not length:
+            raise RedKnotError("the prompt is empty: give segments, a query or a header")
+        ratios = self._ratios(recompute)
+
+        found = self._fetch(keys)
+        clock.mark("store")
+        hits = {name for name, rows in found.items() if rows is not None}
+        missing = [key for key in {key.hex: key for key in keys}.values() if key.hex not in hits]
+        for name, entry in self._compute(missing).items():
+            key = next(key for key in missing if key.hex == name)
+            entry.tier = "computed"
+            found[name] = self._opened(key, entry)
+        clock.mark("capture")
+
+        places, at = [], 0
+        for key in keys:
+            places.append(Place(at, found[key.hex]))  # type: ignore[arg-type]
+            at += len(key.token_ids)
+        exact = [self._is_exact(index, keys, places) and relocate for index in range(len(keys))]
+        target = self.new_cache()
+        cache = SpliceCache(target, length)
+        loader = Loader(cache, places, self.relocator, relocate)
+        view = self._view(cache, ids, places, exact, at, ratios)
+
+        self._run_dense_heads(view)
+        chosen = Choice(np.zeros(0, np.int64), np.zeros(length, bool))
+        if view.budget == len(view.eligible) and not callable(selector):
+            chosen = Choice(view.eligible, chosen.partial)
+            selector_of(selector)
+        elif view.budget:
+            chosen = choose(view, selector_of(selector)(view))
+        if chosen.heads is not None:
+            cache.partial_heads = list(chosen.heads)
+        clock.mark("select")
+
+        self._recompute(view, chosen, ratios)
+        loader.finish()
+        clock.mark("recompute")
+        cache.hand_over(length - 1)
+        clock.mark("hand_over")
+
+        account = self._account(view, chosen, keys, places, exact, hits, ratios, selector, relocate)
+        account.seconds.update(clock.seconds, load=loader.seconds, total=clock.total())
+        object.__setattr__(account, "bytes_moved", loader.bytes_moved)
+        row = ids[None].to(self.device)
+        return SplicedPrompt(dict(input_ids=row, attention_mask=torch.ones_like(row), past_key_values=target), account)
+
+    def _resolve(self, segment: Tokens) -> SegmentKey:
+        if isinstance(segment, str):
+            if segment in self._segments:
+                return self._key(self._segments[segment], self.behind)
+            if len(segment) == 64 and all(c in "0123456789abcdef" for c in segment):
+                raise RedKnotError(
+                    f"segments: {segment[:12]}... was not added to this SegmentedPrompt; ids hold no tokens, so call "
+                    "add(text) first (it costs nothing if the store has the segment)"
+                )
+        return self._register(segment)
+
+    def _ratios(self, recompute: float | Sequence[float]) -> list[float]:
+        layers = len(self._shapes)
+        ratios = [recompute] * layers if isinstance(recompute, (int, float)) else list(recompute)
+        falling = all(a >= b for a, b in itertools.pairwise(ratios))
+        if len(ratios) != layers or not falling or not all(0 <= r <= 1 for r in ratios):
+            raise RedKnotError(
+                f"recompute={shorten(recompute)}: expected a share from 0 to 1, or {layers} of them, one per layer, "
+                "that never grow"
+            )
+        return [float(r) for r in ratios]
+
+    @staticmethod
+    def _is_exact(index: int, keys: list[SegmentKey], places: list[Place]) -> bool:
+        """Whether a segment stands where and behind what it was computed."""
+        before = [i for key in keys[:index] for i in key.token_ids]
+        return places[index].start == places[index].rows.start and before == list(keys[index].header_ids)
+
+    def _view(
+        self,
+        cache: SpliceCache,
+        ids: torch.Tensor,
+        places: list[Place],
+        exact: list[bool],
+        at: int,
+        ratios: list[float],
+    ) -> PromptView:
+        end = len(ids) - 1
+        spans = [(place.start, place.stop) for place in places]
+        reused = [np.arange(a, min(b, end)) for (a, b), right in zip(spans, exact, strict=True) if not right]
+        eligible = np.concatenate(reused) if reused else np.zeros(0, np.int64)
+        documents = spans[1:] if self.header else spans
+        rows = sum(b - a for a, b in documents)
+        budget = min(len(eligible), int(np.ceil(ratios[0] * rows)))
+        if ratios[0] == 1:
+            budget = len(eligible)
+        return PromptView(self.model, cache, ids, documents, eligible, np.arange(at, len(ids)), budget)
+
+    def _run_dense_heads(self, view: PromptView) -> None:
+        """Heads of class "dense" are never reused: their layers, and all before them, run over every row."""
+        if self.profile is None or not len(view.eligible):
+            return
+        dense = [i for i, row in enumerate(self.profile.head_class) if "dense" in row]
+        if dense:
+            view.run_early_layers(dense[-1])
+
+    def _recompute(self, view: PromptView, chosen: Choice, ratios: list[float]) -> None:
+        """The one forward: chosen rows and query."""
+        end = view.length - 1
+        query = view.query[view.query < end]
+        positions = np.union1d(chosen.ranked, query)
+        partial = chosen.partial[positions] & np.isin(positions, chosen.ranked)
+        rows = RowSet(positions, self.device, partial)
+        ids = view.ids[positions][None].to(self.device)
+        at: dict[int, Callable[[RowSet], np.ndarray]] = {}
+        for layer in range(1, len(ratios)):
+            if ratios[layer] < ratios[layer - 1]:
+                count = round(len(chosen.ranked) * ratios[layer] / ratios[0])
+                stay = np.union1d(chosen.ranked[:count], query)
+                at[layer] = functools.partial(_staying, stay)
+                if not len(stay):
+                    raise RedKnotError("recompute: a schedule that falls to 0 needs a query of at least two tokens")
+        if at:
+            with narrow_rows(self.model, view.cache, at):
+                forward_rows(self.model, view.cache, ids, rows)
+        else:
+            forward_rows(self.model, view.cache, ids, rows)
+
+    def _account(
+        self,
+        view: PromptView,
+        chosen: Choice,
+        keys: list[SegmentKey],
+        places: list[Place],
+        exact: list[bool],
+        hits: set[str],
+        ratios: list[float],
+        selector: str | Selector,
+        relocate: bool,
+    ) -> BuildAccount:
+        segments = [
+            SegmentAccount(
+                id=key.hex,
+                start=place.start,
+                tokens=len(place.rows),
+                hit=key.hex in hits,
+                tier=place.rows.tier,
+                recomputed=int(((chosen.ranked >= place.start) & (chosen.ranked < place.stop)).sum()),
+                exact=right,
+                nbytes=place.rows.nbytes,
+            )
+            for key, place, right in zip(keys, places, exact, strict=True)
+        ]
+        layers = len(ratios)
+        flat = len(set(ratios)) == 1
+        everything = len(chosen.ranked) == len(view.eligible) and not chosen.partial[chosen.ranked].any()
+        if not len(view.eligible):
+            right, reason = True, "every reused row stands behind exactly what it was computed behind"
+        elif everything and flat:
+            right, reason = True, "every row that was reused inexactly has been recomputed"
+        elif view.exact_through == layers - 1:
+            right, reason = True, "dense heads made every layer run over every row"
+        else:
+            right = False
+            stale = len(view.eligible) - len(chosen.ranked)
+            reason = f"{stale} of {view.length} rows were computed without the segments before them"
+            if chosen.partial[chosen.ranked].any():
+                reason += "; of recomputed rows some heads keep what was stored"
+            if not flat:
+                reason += "; later layers recomputed fewer rows than earlier ones"
+            if not relocate:
+                reason += "; keys were not relocated"
+        total = sum(len(place.rows) for place in places)
+        name = selector if isinstance(selector, str) else getattr(selector, "__name__", repr(selector))
+        return BuildAccount(
+            segments=segments,
+            tokens=view.length,
+            query=len(view.query),
+            reused=total - len(chosen.ranked),
+            recomputed=len(chosen.ranked),
+            early_layers=view.exact_through + 1,
+            ratio=ratios[0] if flat else ratios,
+            selector=name,
+            exact=right,
+            reason=reason,
+            bytes_moved=0,
+        )
+
+
+def _staying(stay: np.ndarray, rows: RowSet) -> np.ndarray:
+    return np.flatnonzero(np.isin(rows.host, stay))
+
+
+class _Clock:
+    """Seconds between marks; waits for a GPU at each."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.begin = self.last = time.perf_counter()
+
+    def mark(self, name: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
+
+    def total(self) -> float:
+        return self.last - self.begin
+
+
+def _profile_id(profile: HeadProfile | None) -> str:
+    """What of a profile decides the values of keys: the windows of its local heads. Empty when it has none."""
+    if profile is None or not any("local" in row for row in profile.head_class):
+        return ""
+    cells = [
+        [[s, w] if c == "local" else None for c, s, w in zip(*rows, strict=True)]
+        for rows in zip(profile.head_class, profile.sink, profile.window, strict=True)
+    ]
+    return hashlib.blake2b(json.dumps(cells).encode(), digest_size=16, person=b"redknot-profile").hexdigest()
