@@ -223,6 +223,7 @@ class _Loader:
         self.said, self.tensors = contents.description, dict(contents.tensors)
         self.max_bytes = max_bytes
         self._rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.real = np.zeros(0, np.int64)  # real tokens of each row
         self.device = None if device is None else torch.device(device)
 
     def load(self) -> RedKnotCache:
@@ -299,11 +300,13 @@ class _Loader:
 
     def _restore_padding(self, cache: RedKnotCache, batch: int) -> None:
         bits = self.tensors.pop("padding", None)
+        self.real = np.full(batch, cache.seen, np.int64)
         if bits is None:
             return
         if bits.dtype != torch.uint8 or bits.ndim != 2 or bits.shape[0] != batch or bits.shape[1] > -(-cache.seen // 8):
             raise CacheError("the padding history does not fit the batch and the number of tokens")
         real = np.unpackbits(bits.numpy(), axis=1)[:, : cache.seen].astype(bool)
+        self.real = real.sum(1, dtype=np.int64) + cache.seen - real.shape[1]
         cache.padding = [(0, real)]
 
     def _device(self, said: dict[str, Any], index: int) -> torch.device:
@@ -315,8 +318,8 @@ class _Loader:
                 return devices.pop()
         name = said.get("device")
         try:
-            device = torch.device(name if name is not None else "cpu")
-        except (RuntimeError, TypeError) as error:
+            device = torch.device("cpu" if name is None else str(name))
+        except RuntimeError as error:
             raise CacheError(f"layer {index} was on an unknown device {shorten(name)}") from error
         if device.type not in ("cpu", "cuda") or (
             device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
@@ -363,7 +366,7 @@ class _Loader:
         table = self._array(f"{prefix}.table", torch.int32, (batch, heads, None))
         lens = self._array(f"{prefix}.lens", torch.int64, (batch,))
         oldest = self._array(f"{prefix}.oldest", torch.int64, (batch, heads))
-        if (lens != cache.real_columns(batch, cache.seen).sum(1)).any():
+        if (lens != self.real).any():
             raise CacheError(f"layer {index}: its lengths do not fit the number of tokens and the padding")
         try:
             state = PageState.checked(pages, table, lens, oldest, self.max_bytes // pool.page_bytes)
