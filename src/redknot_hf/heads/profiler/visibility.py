@@ -119,9 +119,6 @@ def _group_attention(call: AttentionCall, sink: int, window: int) -> Tensor:
         key = call.key.repeat_interleave(call.groups, dim=1)
         value = call.value.repeat_interleave(call.groups, dim=1)
         return F.scaled_dot_product_attention(call.query, key, value, is_causal=offset == 0, scale=call.scaling)
-    # With the model's own window the sinks outside it are invisible as well.
-    if call.model_window:
-        sink = sink if call.model_window >= total else 0
     device = call.query.device
     outputs = []
     for start in range(0, rows, _QUERY_BLOCK):
@@ -137,6 +134,8 @@ def _group_attention(call: AttentionCall, sink: int, window: int) -> Tensor:
             value = torch.cat([call.value[:, :, :sink], call.value[:, :, low:end]], dim=2)
         positions = torch.arange(first, end, device=device)[:, None]
         visible = (keys <= positions) & ((keys < sink) | (keys > positions - span))
+        if call.model_window:
+            visible &= keys > positions - call.model_window
         outputs.append(attend(call, call.query[:, :, start:stop], key, value, visible))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
