@@ -174,15 +174,16 @@ def run_contender(
     """
     model.set_attn_implementation(contender.attn_implementation)
     document = prompt.document.to(model.device)
+    argument = _cache_argument(model)
     with torch.inference_mode():
         # Untimed: first calls pay for threads, workspaces and compiled kernels, whichever cache happens to come first.
         warm_up = document[:, :64]
-        model(warm_up, past_key_values=contender.make_cache(), **_last_logits_only(model))
+        model(warm_up, **{argument: contender.make_cache()}, **_last_logits_only(model))
 
         cache = contender.make_cache()
         with _after_each_layer(model, on_layer):
             start = _now(model.device)
-            model(document, past_key_values=cache, **_last_logits_only(model))
+            model(document, **{argument: cache}, **_last_logits_only(model))
             result = Result(contender.name, *kv_bytes(cache), read_s=_now(model.device) - start)
 
         for question, ids in zip(questions, prompt.questions, strict=True):
@@ -194,7 +195,7 @@ def run_contender(
             output = model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
-                past_key_values=copied,
+                **{argument: copied},
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 streamer=clock,
@@ -255,6 +256,11 @@ def _after_each_layer(model: Any, callback: Callable[[], None]) -> Iterator[None
 def _last_logits_only(model: Any) -> dict[str, int]:
     """Logits of all document tokens would be larger than the cache that is measured."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def _cache_argument(model: Any) -> str:
+    """transformers 5.24 renamed the argument; the old name works there too, but warns in the middle of the text."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _now(device: torch.device) -> float:

@@ -39,11 +39,12 @@ examples:
 
 _DOCUMENT = "aardvark.txt"
 # (question, how the answer begins, what a right answer contains). A model of 135 M parameters finds single facts when
-# its answer is begun for it. All three stand further from the question than a local head's window reaches.
+# its answer is begun for it. Picked because DynamicCache answers them and a local head's window does not reach them.
 _QUESTIONS = (
     ("What is the only fruit that aardvarks eat?", "The only fruit eaten by aardvarks is the", "cucumber"),
     ("How many years do aardvarks live in captivity?", "In captivity, aardvarks live for up to", "23 years"),
     ("What does the name aardvark mean?", "The name aardvark means", "earth pig"),
+    ("Which zoo was the first to have an aardvark?", "The first zoo to have an aardvark was the", "London Zoo"),
 )
 # Heads that find facts far back in SmolLM2-135M-Instruct, for as long as no measured profile is shipped for it.
 _RETRIEVAL_HEADS = {(6, 0), (7, 2), (17, 0), (17, 1), (18, 2), (20, 1), (20, 2), (21, 2), (22, 1), (23, 0)}
@@ -383,7 +384,8 @@ def _print_table(results: list[Result]) -> None:
         "KV memory            DynamicCache: its key and value tensors. RedKnotCache: all that its allocator holds,\n"
         f"                     page tables and free pages included; pages in use {live:.1f} MB.\n"
         "Time to first token  from an empty cache to the first token of the first answer.\n"
-        f"Tokens/s             over {counted} tokens."
+        f"Tokens/s             over {counted} tokens.\n"
+        "Right answers        the shipped questions were picked so that DynamicCache answers them."
     )
     if len(results) > 2:
         print("All local            the control: the same sinks and windows, but no head keeps every token.")
