@@ -16,6 +16,8 @@ No function synchronises with the host. Lengths are read on the device, so a cap
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -344,48 +346,45 @@ def _why_not(q: Tensor, k_pages: Tensor, v_pages: Tensor, group: int) -> str | N
 # their defaults, so what is not looked at is passed on as it came.
 
 
+def _run(reason: str | None, kernel: str, fallback: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Launch `kernel` (module:function), or take the torch path and say why."""
+    if reason is None:
+        module, _, function = kernel.partition(":")
+        launch = getattr(importlib.import_module(f".{module}", __package__), function)
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import OutOfResources
+
+        try:
+            return launch(*args)
+        except (CompilationError, OutOfResources) as error:  # a GPU smaller than any we know of
+            reason = f"{function} does not fit this GPU: {error}"
+    support.warn_once(reason)
+    return fallback(*args)
+
+
 def _append_cuda(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: Any) -> None:
     reason = _why_not(k_pages, k_pages, v_pages, 1)  # new keys of another dtype are converted, so they need no check
-    if reason is not None:
-        support.warn_once(reason)
-        return reference.append(k, v, k_pages, v_pages, *rest)
-    from .append_kernel import append as launch
-
-    return launch(k, v, k_pages, v_pages, *rest)
+    _run(reason, "append_kernel:append", reference.append, (k, v, k_pages, v_pages, *rest))
 
 
 def _decode_cuda(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, *rest: Any) -> Tensor:
     reason = _why_not(q, k_pages, v_pages, q.shape[1] // block_table.shape[1])
-    if reason is not None:
-        support.warn_once(reason)
-        return reference.decode(q, k_pages, v_pages, block_table, *rest)
-    from .decode_kernel import decode as launch
-
-    return launch(q, k_pages, v_pages, block_table, *rest)
+    return _run(reason, "decode_kernel:decode", reference.decode, (q, k_pages, v_pages, block_table, *rest))
 
 
 def _prefill_cuda(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: Any) -> Tensor:
     reason = _why_not(q, k_pages, v_pages, q.shape[1] // k.shape[1])
     if reason is None and not (q.dtype == k.dtype == v.dtype):
         reason = f"the chunk's queries, keys and values are {q.dtype}, {k.dtype} and {v.dtype}"
-    if reason is not None:
-        support.warn_once(reason)
-        return reference.prefill(q, k, v, k_pages, v_pages, *rest)
-    from .prefill_kernel import prefill as launch
-
-    return launch(q, k, v, k_pages, v_pages, *rest)
+    return _run(reason, "prefill_kernel:prefill", reference.prefill, (q, k, v, k_pages, v_pages, *rest))
 
 
 def _prefill_positions_cuda(
     q: Tensor, q_pos: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, *rest: Any
 ) -> Tensor:
     reason = _why_not(q, k_pages, v_pages, q.shape[1] // block_table.shape[1])
-    if reason is not None:
-        support.warn_once(reason)
-        return reference.prefill_positions(q, q_pos, k_pages, v_pages, block_table, *rest)
-    from .positions_kernel import prefill_positions as launch
-
-    return launch(q, q_pos, k_pages, v_pages, block_table, *rest)
+    args = (q, q_pos, k_pages, v_pages, block_table, *rest)
+    return _run(reason, "positions_kernel:prefill_positions", reference.prefill_positions, args)
 
 
 def _append_fake(*_: Any) -> None:

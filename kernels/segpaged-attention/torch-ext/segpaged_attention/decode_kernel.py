@@ -1,0 +1,345 @@
+"""`decode`: a few query rows per sequence over its pages, split evenly over the device whatever the lengths are.
+
+An *item* is one (sequence, KV head), or a part of its query heads, with its own number n of stored slots. Items are laid
+end to end on a line of units, one per block of BLOCK_N slots plus OVERHEAD units per item (the fixed cost of taking up an
+item; without them many short local items land on few programs). Each program takes an equal stretch of the line
+("stream-K", arXiv 2301.03598), so there is no plan to make on the host, and lengths are only read on the device. A
+program that holds a whole item writes the output; an item that several programs share leaves float32 partial results,
+which a second kernel combines ("flash decoding").
+
+The group's query rows are few, so the product is turned around: S^T = K q^T and O^T = V^T P^T make the 64 keys the long
+side of the matrix instruction and let Hopper read K and V straight from shared memory.
+
+Attention does not depend on the order of keys, so a ring needs no unrolling: where the one query row sees every stored
+token, the mask is ``slot < n``. Otherwise (EXACT) the position of a slot is computed and compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .tiles import (
+    HIDDEN,
+    LOG2E,
+    cap_scores,
+    device_of,
+    load_pages,
+    load_tile,
+    model_window_of,
+    output_factor,
+    page_descriptor,
+    slot_to_position,
+    strides,
+)
+
+OVERHEAD = tl.constexpr(3)  # units; measured on an H200, 0 costs 7 to 11 %
+MIN_UNITS = tl.constexpr(2)  # a program takes no less
+
+
+@triton.jit
+def _lay_out(
+    p_seq_lens, p_sink, p_ring, model_window, num_items,
+    KV_HEADS: tl.constexpr, FOLD: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ITEMS: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Per item, [ITEMS]: the first block that any row sees, how many blocks follow, and the units of the line."""
+    o_i = tl.arange(0, ITEMS)
+    m_i = o_i < num_items
+    seq_len = tl.load(p_seq_lens + o_i // KV_HEADS, mask=m_i, other=0)
+    o_h = o_i % KV_HEADS // FOLD
+    kept = tl.load(p_sink + o_h, mask=m_i, other=0) + tl.load(p_ring + o_h, mask=m_i, other=0)
+    b_blocks = (tl.minimum(seq_len, kept) + BLOCK_N - 1) // BLOCK_N
+    b_first = tl.zeros_like(b_blocks)
+    if EXACT:
+        # where slot and position are the same, what lies before the model's window of the first row need not be read
+        oldest = tl.maximum(seq_len - ROWS - model_window + 1, 0)
+        b_first = tl.where(seq_len <= kept, oldest // BLOCK_N, 0)
+        b_blocks -= b_first
+    return b_first, b_blocks, tl.where(m_i, b_blocks + OVERHEAD, 0)
+
+
+@triton.jit
+def _attend_part(
+    p_q, p_k_pages, p_v_pages, p_table, p_seq_lens, p_sink, p_window, p_ring, p_aux, p_out, p_acc, p_max, p_sum,
+    q_stride_b, q_stride_h, q_stride_r, table_stride_b, table_stride_h, scale, softcap, model_window,
+    item, block, block_end, partial, alone,
+    KV_HEADS: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr, CAP: tl.constexpr, AUX: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Blocks [block, block_end) of one item; `alone`: they are all it has."""
+    i_b = (item // KV_HEADS).to(tl.int64)
+    i_h = item % KV_HEADS
+    i_kv = i_h // FOLD
+    seq_len = tl.load(p_seq_lens + i_b)
+    sink = tl.load(p_sink + i_kv)
+    ring = tl.load(p_ring + i_kv)
+    n = tl.minimum(seq_len, sink + ring)
+    # row m is query row m // GROUP of the group's head m % GROUP; rows from ROWS * GROUP on are padding
+    o_m = tl.arange(0, M)
+    o_d = tl.arange(0, BD)
+    o_v = tl.arange(0, BDV)
+    o_n = tl.arange(0, BLOCK_N)
+    i_r = o_m // GROUP
+    o_head = i_h * GROUP + o_m % GROUP
+    m_m = o_m < ROWS * GROUP
+    # [BD, M]
+    p_q_row = p_q + i_b * q_stride_b + o_head * q_stride_h + i_r * q_stride_r
+    b_q = tl.load(p_q_row[None, :] + o_d[:, None], mask=m_m[None, :] & (o_d < D)[:, None], other=0.0)
+    b_m = tl.full([M], HIDDEN, tl.float32)
+    b_l = tl.zeros([M], tl.float32)
+    b_acc = tl.zeros([BDV, M], tl.float32)
+    if EXACT:
+        window = tl.load(p_window + i_kv)
+        newest = (seq_len - 1 - sink) % ring
+        q_pos = seq_len - ROWS + i_r
+    p_row = p_table + i_b * table_stride_b + i_kv * table_stride_h
+    page = load_pages(p_row, block * BLOCK_N, o_n, n, PAGE, BLOCK_N)
+    for i_n in tl.range(block, block_end, num_stages=STAGES):
+        token = i_n * BLOCK_N
+        # [BLOCK_N, BD], [BLOCK_N, BDV]
+        b_k = load_tile(p_k_pages, page, token, o_n, o_d, D, BD, PAGE, BLOCK_N, TMA)
+        b_v = load_tile(p_v_pages, page, token, o_n, o_v, DV, BDV, PAGE, BLOCK_N, TMA)
+        page = load_pages(p_row, tl.minimum(i_n + 1, block_end - 1) * BLOCK_N, o_n, n, PAGE, BLOCK_N)
+        # [BLOCK_N, M]
+        b_s = cap_scores(tl.dot(b_k, b_q, input_precision=PRECISION), scale, softcap, CAP)
+        o_slot = token + o_n
+        if EXACT:
+            pos = slot_to_position(o_slot, seq_len, sink, ring, newest)[:, None]
+            m_s = (o_slot < n)[:, None] & (pos <= q_pos[None, :]) & (pos > q_pos[None, :] - model_window)
+            m_s = m_s & ((pos < sink) | (pos > q_pos[None, :] - window))
+            b_s = tl.where(m_s, b_s, HIDDEN)
+        else:
+            b_s = tl.where((o_slot < n)[:, None], b_s, HIDDEN)
+        # [M]
+        b_top = tl.maximum(b_m, tl.max(b_s, 0))
+        b_fade = tl.exp2(b_m - b_top)
+        b_p = tl.exp2(b_s - b_top[None, :])
+        b_l = b_l * b_fade + tl.sum(b_p, 0)
+        b_m = b_top
+        # [BDV, M]
+        b_acc = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), b_acc * b_fade[None, :], input_precision=PRECISION)
+    if alone:
+        b_f = output_factor(b_m, b_l, p_aux, o_head, m_m, AUX)
+        o_out = ((i_b * ROWS + i_r) * (KV_HEADS * GROUP) + o_head) * DV
+        p_o = p_out + o_out[None, :] + o_v[:, None]
+        b_o = (b_acc * b_f[None, :]).to(p_out.dtype.element_ty)
+        tl.store(p_o, b_o, mask=m_m[None, :] & (o_v < DV)[:, None])
+    else:
+        o_p = partial * (ROWS * GROUP) + o_m
+        tl.store(p_acc + o_p[None, :] * DV + o_v[:, None], b_acc, mask=m_m[None, :] & (o_v < DV)[:, None])
+        tl.store(p_max + o_p, b_m, mask=m_m)
+        tl.store(p_sum + o_p, b_l, mask=m_m)
+
+
+@triton.jit(do_not_specialize=["table_stride_b", "table_stride_h", "model_window", "num_items"])
+def _decode_kernel(
+    p_q, p_k_pages, p_v_pages, p_table, p_seq_lens, p_sink, p_window, p_ring, p_aux, p_out, p_acc, p_max, p_sum,
+    q_stride_b, q_stride_h, q_stride_r, table_stride_b, table_stride_h, scale, softcap, model_window, num_items,
+    KV_HEADS: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    ITEMS: tl.constexpr, EXACT: tl.constexpr, CAP: tl.constexpr, AUX: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    i_p = tl.program_id(0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()  # not before: the combining kernel reads lengths before it waits
+    # [ITEMS]
+    b_first, b_blocks, b_units = _lay_out(
+        p_seq_lens, p_sink, p_ring, model_window, num_items, KV_HEADS, FOLD, ROWS, BLOCK_N, ITEMS, EXACT
+    )
+    b_end = tl.cumsum(b_units, 0)
+    o_i = tl.arange(0, ITEMS)
+    # int64: the product of programs and units passes 2**31 from about 8 million blocks on
+    total = tl.sum(b_units, 0).to(tl.int64)
+    programs = tl.minimum(tl.num_programs(0), (total + MIN_UNITS - 1) // MIN_UNITS)
+    # boundaries floor(i * total / programs): every program takes as many units as any other, give or take one
+    unit = (i_p * total // programs).to(tl.int32)
+    stop = tl.where(i_p < programs, ((i_p + 1) * total // programs).to(tl.int32), unit)
+    item = tl.sum((b_end <= unit).to(tl.int32), 0)
+    while unit < stop:
+        end = tl.sum(tl.where(o_i == item, b_end, 0), 0)
+        first = tl.sum(tl.where(o_i == item, b_first, 0), 0)
+        begin = end - tl.sum(tl.where(o_i == item, b_blocks, 0), 0)  # of the item's blocks, after its OVERHEAD units
+        part_end = tl.minimum(end, stop)
+        block = first + tl.maximum(unit - begin, 0)
+        block_end = first + tl.maximum(part_end - begin, 0)
+        if block_end > block:
+            # unit u is with program floor(((u + 1) * programs - 1) / total)
+            alone = ((begin + 1) * programs - 1) // total == (end * programs - 1) // total
+            _attend_part(
+                p_q, p_k_pages, p_v_pages, p_table, p_seq_lens, p_sink, p_window, p_ring, p_aux, p_out, p_acc, p_max,
+                p_sum, q_stride_b, q_stride_h, q_stride_r, table_stride_b, table_stride_h, scale, softcap, model_window,
+                item, block, block_end, i_p + item, alone,
+                KV_HEADS, FOLD, GROUP, ROWS, M, D, DV, BD, BDV, PAGE, BLOCK_N, EXACT, CAP, AUX, TMA, STAGES, PRECISION,
+            )  # fmt: skip
+        unit = part_end
+        item += 1
+
+
+@triton.jit(do_not_specialize=["model_window", "num_items", "num_programs"])
+def _combine_kernel(
+    p_seq_lens, p_sink, p_ring, p_aux, p_out, p_acc, p_max, p_sum, model_window, num_items, num_programs,
+    KV_HEADS: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, ITEMS: tl.constexpr, PARTS: tl.constexpr, EXACT: tl.constexpr,
+    AUX: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One item, one row, BLOCK_V output dimensions: adds up the partial results, PARTS at a time."""
+    item, i_m = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
+    _first, b_blocks, b_units = _lay_out(
+        p_seq_lens, p_sink, p_ring, model_window, num_items, KV_HEADS, FOLD, ROWS, BLOCK_N, ITEMS, EXACT
+    )
+    o_i = tl.arange(0, ITEMS)
+    total = tl.sum(b_units, 0).to(tl.int64)
+    programs = tl.minimum(num_programs, (total + MIN_UNITS - 1) // MIN_UNITS)
+    end = tl.sum(tl.where(o_i <= item, b_units, 0), 0)
+    blocks = tl.sum(tl.where(o_i == item, b_blocks, 0), 0)
+    program = (((end - blocks + 1) * programs - 1) // total).to(tl.int32)  # that holds the item's first block
+    parts = tl.where(blocks > 0, ((end * programs - 1) // total).to(tl.int32) - program + 1, 0)
+    if PDL:
+        gdc_wait()  # on every path: a kernel that ends without waiting lets the one after next start too early
+    if parts != 1:
+        o_v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+        o_s = tl.arange(0, PARTS)
+        i_b = (item // KV_HEADS).to(tl.int64)
+        i_head = item % KV_HEADS * GROUP + i_m % GROUP
+        top = HIDDEN
+        length = 0.0
+        b_acc = tl.zeros([BLOCK_V], tl.float32)
+        for i_s in range(0, parts, PARTS):
+            # [PARTS]; programs and items both go up by one from part to part, so program + item names a part
+            o_p = (program + item + i_s + o_s) * (ROWS * GROUP) + i_m
+            m_p = i_s + o_s < parts
+            b_m = tl.load(p_max + o_p, mask=m_p, other=HIDDEN)
+            b_l = tl.load(p_sum + o_p, mask=m_p, other=0.0)
+            # [PARTS, BLOCK_V]
+            p_a = p_acc + o_p.to(tl.int64)[:, None] * DV + o_v[None, :]
+            b_a = tl.load(p_a, mask=m_p[:, None] & (o_v < DV)[None, :], other=0.0)
+            new_top = tl.maximum(top, tl.max(b_m, 0))
+            b_c = tl.exp2(b_m - new_top)
+            fade = tl.exp2(top - new_top)
+            length = length * fade + tl.sum(b_l * b_c, 0)
+            b_acc = b_acc * fade + tl.sum(b_a * b_c[:, None], 0)
+            top = new_top
+        factor = output_factor(top, length, p_aux, i_head, True, AUX)
+        p_o = p_out + ((i_b * ROWS + i_m // GROUP) * (KV_HEADS * GROUP) + i_head) * DV
+        tl.store(p_o + o_v, (b_acc * factor).to(p_out.dtype.element_ty), mask=o_v < DV)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Launch parameters. Best on an H200, head_dim 128, bfloat16: 64 slots, 3 stages, 4 warps, 2 programs per SM."""
+
+    block_n: int
+    stages: int
+    warps: int
+    programs: int
+    tma: bool
+    pdl: bool
+    fold: int = 1  # parts of a group, each an item of its own, where one program cannot hold all rows of a group
+
+
+def choose_config(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    v_dim: int,
+    page_size: int,
+    rows: int,
+    group: int,
+    num_pages: int,
+) -> DecodeConfig:
+    """Launch parameters for `rows` query rows per sequence and `group` query heads per KV head."""
+    facts = device_of(device)
+    plain = dtype == torch.float32  # multiplied without tensor cores: small tiles
+    bd, bdv = triton.next_power_of_2(head_dim), triton.next_power_of_2(v_dim)
+    wide = max(bd, bdv) > 128
+    most = 16 if plain and wide else 32 if plain or wide else 64  # rows per program that registers can hold
+    fold = next((f for f in range(1, group) if group % f == 0 and rows * group // f <= most), group)
+    m = max(16, triton.next_power_of_2(rows * group // fold))
+    block_n = (16 if wide else 32) if plain else 64
+    tma = facts.hopper and not plain and page_size >= block_n and num_pages * page_size < 1 << 31
+    stage = block_n * (bd + bdv) * dtype.itemsize
+    rest = m * (bd + block_n) * dtype.itemsize + (6 << 10)  # queries, probabilities, sums
+    # two programs per SM hide each other's ends; wide heads do not fit twice
+    per_sm = 2 if 2 * (2 * stage + rest) <= facts.shared_memory else 1
+    buffers = max(1, min(2 if plain else 3, (facts.shared_memory // per_sm - rest) // stage))
+    return DecodeConfig(
+        block_n=block_n,
+        # before Hopper a pipeline of n stages has n - 1 buffers
+        stages=buffers if facts.hopper else buffers + 1,
+        warps=8 if m > 32 or (m > 16 and (plain or wide)) else 4,
+        programs=per_sm * facts.processors,
+        tma=tma,
+        pdl=facts.hopper,
+        fold=fold,
+    )
+
+
+def decode(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sink: torch.Tensor,
+    window: torch.Tensor,
+    ring: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    s_aux: torch.Tensor | None = None,
+    model_window: int = 0,
+    exact_positions: bool = True,
+    config: DecodeConfig | None = None,
+) -> torch.Tensor:
+    """Launch; arguments as in `segpaged_attention.decode`, already checked. `config` is for tuning and tests."""
+    batch, q_heads, rows, head_dim = q.shape
+    kv_heads, page_size, v_dim = block_table.shape[1], k_pages.shape[1], v_pages.shape[2]
+    out = q.new_empty(batch, rows, q_heads, v_dim)
+    if out.numel() == 0:
+        return out
+    if config is None:
+        config = choose_config(
+            q.device, q.dtype, head_dim, v_dim, page_size, rows, q_heads // kv_heads, k_pages.shape[0]
+        )
+    fold = config.fold
+    group = q_heads // kv_heads // fold
+    num_items = batch * kv_heads * fold
+    # Allocated per call: torch's allocator knows about streams and graphs, a cache of our own would not.
+    # A multiple of 4, so that all three are aligned alike whatever the batch size: triton compiles a variant per
+    # alignment.
+    partials = triton.cdiv((config.programs + num_items) * rows * group, 4) * 4
+    scratch = torch.empty(partials * (v_dim + 2), dtype=torch.float32, device=q.device)
+    acc, maxima, sums = scratch.split([partials * v_dim, partials, partials])
+    # a handful of variants, not one per batch size
+    items = next(bound for bound in (32, 256, 2048, 1 << 14, 1 << 17) if num_items <= bound)
+    block_v, parts = (32, 256) if num_items <= 32 else (64, 64) if num_items <= 128 else (128, 32)
+    block_v = min(block_v, triton.next_power_of_2(v_dim))
+    pool = (page_descriptor(k_pages, config.block_n), page_descriptor(v_pages, config.block_n)) if config.tma else None
+    exact = exact_positions or rows > 1 or model_window > 0
+    limit = model_window_of(model_window)
+    flags = {"EXACT": exact, "AUX": s_aux is not None, "PDL": config.pdl}
+    launch = {"launch_pdl": True} if config.pdl else {}
+    _decode_kernel[(config.programs,)](
+        q, *(pool or (k_pages, v_pages)), block_table, seq_lens, sink, window, ring, s_aux, out, acc, maxima, sums,
+        *strides(q), block_table.stride(0), block_table.stride(1), scale if softcap else scale * LOG2E, softcap, limit,
+        num_items, KV_HEADS=kv_heads * fold, FOLD=fold, GROUP=group, ROWS=rows,
+        M=max(16, triton.next_power_of_2(rows * group)), D=head_dim, DV=v_dim, BD=triton.next_power_of_2(head_dim),
+        BDV=triton.next_power_of_2(v_dim), PAGE=page_size, BLOCK_N=config.block_n, ITEMS=items, CAP=softcap != 0, TMA=config.tma, STAGES=config.stages,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=config.warps, **flags, **launch,
+    )  # fmt: skip
+    _combine_kernel[(num_items, rows * group, triton.cdiv(v_dim, block_v))](
+        seq_lens, sink, ring, s_aux, out, acc, maxima, sums, limit, num_items, config.programs,
+        KV_HEADS=kv_heads * fold, FOLD=fold, GROUP=group, ROWS=rows, DV=v_dim, BLOCK_V=block_v,
+        BLOCK_N=config.block_n, ITEMS=items, PARTS=parts, num_warps=4, **flags, **launch,
+    )  # fmt: skip
+    return out
