@@ -1,11 +1,11 @@
 """`decode`: a few query rows per sequence over its pages, split evenly over the device whatever the lengths are.
 
-An *item* is one (sequence, KV head), or a part of its query heads, with its own number n of stored slots. Items are laid
-end to end on a line of units, one per block of BLOCK_N slots plus OVERHEAD units per item (the fixed cost of taking up an
-item; without them many short local items land on few programs). Each program takes an equal stretch of the line
-("stream-K", arXiv 2301.03598), so there is no plan to make on the host, and lengths are only read on the device. A
-program that holds a whole item writes the output; an item that several programs share leaves float32 partial results,
-which a second kernel combines ("flash decoding").
+An *item* is one (sequence, KV head), or a part of its query heads, with its own number n of stored slots. Items are
+laid end to end on a line of units, one per block of BLOCK_N slots plus OVERHEAD units per item (the fixed cost of
+taking up an item; without them many short local items land on few programs). Each program takes an equal stretch of
+the line ("stream-K", arXiv 2301.03598), so there is no plan to make on the host, and lengths are only read on the
+device. A program that holds a whole item writes the output; an item that several programs share leaves float32
+partial results, which a second kernel combines ("flash decoding").
 
 The group's query rows are few, so the product is turned around: S^T = K q^T and O^T = V^T P^T make the 64 keys the long
 side of the matrix instruction and let Hopper read K and V straight from shared memory.
@@ -332,9 +332,9 @@ def decode(
     _decode_kernel[(config.programs,)](
         q, *(pool or (k_pages, v_pages)), block_table, seq_lens, sink, window, ring, s_aux, out, acc, maxima, sums,
         *strides(q), block_table.stride(0), block_table.stride(1), scale if softcap else scale * LOG2E, softcap, limit,
-        num_items, KV_HEADS=kv_heads * fold, FOLD=fold, GROUP=group, ROWS=rows,
-        M=max(16, triton.next_power_of_2(rows * group)), D=head_dim, DV=v_dim, BD=triton.next_power_of_2(head_dim),
-        BDV=triton.next_power_of_2(v_dim), PAGE=page_size, BLOCK_N=config.block_n, ITEMS=items, CAP=softcap != 0, TMA=config.tma, STAGES=config.stages,
+        num_items, KV_HEADS=kv_heads * fold, FOLD=fold, GROUP=group, ROWS=rows, M=max(16, triton.next_power_of_2(rows
+        * group)), D=head_dim, DV=v_dim, BD=triton.next_power_of_2(head_dim), BDV=triton.next_power_of_2(v_dim),
+        PAGE=page_size, BLOCK_N=config.block_n, ITEMS=items, CAP=softcap != 0, TMA=config.tma, STAGES=config.stages,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=config.warps, **flags, **launch,
     )  # fmt: skip
     _combine_kernel[(num_items, rows * group, triton.cdiv(v_dim, block_v))](
