@@ -46,7 +46,11 @@ class Server:
         self.port = port
         with open(log, "ab") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent)
-        wait_for(port, self.process, log)
+        try:
+            wait_for(port, self.process, log)
+        except BaseException:
+            self.kill()
+            raise
 
     def freeze(self) -> None:
         self.process.send_signal(signal.SIGSTOP)

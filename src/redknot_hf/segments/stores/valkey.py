@@ -37,7 +37,8 @@ class ValkeyStore(BytesStore):
     Args:
         url: the server.
         prefix: first part of every name this store uses on the server.
-        piece_bytes: entries are cut into values of this size; 256 MiB at most.
+        piece_bytes: entries are cut into values of this size; 256 MiB at most. Clients and server copy whole values, so
+            smaller ones take less memory and time.
         timeout: seconds to connect, and seconds without a byte of progress in a transfer; 5 by default.
         **options: see `SegmentStore`.
     """
@@ -46,7 +47,7 @@ class ValkeyStore(BytesStore):
     default_timeout = 5.0
 
     def __init__(
-        self, url: Any, *, prefix: str = "redknot:segments", piece_bytes: int = _MAX_PIECE, **options: Any
+        self, url: Any, *, prefix: str = "redknot:segments", piece_bytes: int = 16 << 20, **options: Any
     ) -> None:
         super().__init__(url, **options)
         try:
@@ -99,12 +100,12 @@ class ValkeyStore(BytesStore):
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def _load_many(self, names: Sequence[str]) -> Sequence[Any]:
-        return self._call(lambda: self._fetch(names, retry=True)) if names else []
+        return self._call(lambda: self._fetch(names, attempts=4)) if names else []
 
     def _read(self, name: str) -> Any:
         return self._load_many([name])[0]
 
-    def _fetch(self, names: Sequence[str], retry: bool) -> list[Any]:
+    def _fetch(self, names: Sequence[str], attempts: int) -> list[Any]:
         """All manifests in one round trip, all pieces in a second one."""
         raw = self._client.mget([self._manifest(name) for name in names])
         results: list[Any] = [None] * len(names)
@@ -134,9 +135,9 @@ class ValkeyStore(BytesStore):
                 results[i] = CorruptEntry(f"truncated: {got} of {manifest['bytes']} bytes")
             else:
                 results[i] = _join(pieces)
-        if torn and retry:
+        if torn and attempts > 1:
             # Most likely replaced between the two round trips; the new manifest tells.
-            for i, item in zip(torn, self._fetch([names[i] for i in torn], retry=False), strict=True):
+            for i, item in zip(torn, self._fetch([names[i] for i in torn], attempts=attempts - 1), strict=True):
                 results[i] = item
         return results
 
