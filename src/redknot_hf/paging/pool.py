@@ -53,6 +53,7 @@ class PagePool:
         self.refs = np.zeros(rows, np.int32)
         self.refs[0] = 1
         self._used = np.zeros(rows, bool)  # handed out before, so possibly not zero
+        self._spare = np.zeros(rows, bool)  # free, and kept for the run before it while other pages are left
 
     def _slab(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.zeros(rows, self.page_size, dim, dtype=dtype, device=device)
@@ -110,16 +111,16 @@ class PagePool:
             grown = rows - self.num_pages
             self.refs = np.concatenate([self.refs, np.zeros(grown, np.int32)])
             self._used = np.concatenate([self._used, np.zeros(grown, bool)])
+            self._spare = np.concatenate([self._spare, np.zeros(grown, bool)])
 
     def alloc(self, count: int) -> np.ndarray:
-        """``count`` zeroed pages with one reference each, as int32 ``[count]`` in ascending order.
-
-        They come from the end of the slab, so that the gaps between runs stay open for the runs to grow into.
-        """
+        """``count`` zeroed pages with one reference each, int32 ``[count]``; pages kept for a run's growth come last."""
         with self.lock:
             self.reserve(count)
-            free = np.flatnonzero(self.refs == 0)
-            return self._take(free[len(free) - count :])
+            free = np.flatnonzero((self.refs == 0) & ~self._spare)[:count]
+            if len(free) < count:
+                free = np.concatenate([free, np.flatnonzero((self.refs == 0) & self._spare)[: count - len(free)]])
+            return self._take(free)
 
     def alloc_exact(self, pages: np.ndarray) -> bool:
         """Take exactly these pages if every one of them is free; otherwise take none and return False."""
@@ -132,27 +133,31 @@ class PagePool:
     def alloc_runs(self, runs: int, length: int, stride: int) -> np.ndarray:
         """``runs`` runs of ``length`` consecutive pages whose first pages lie ``stride`` pages apart.
 
-        Such pages can be read as one strided view, without gathering. The ``stride - length`` pages between two runs
-        stay free; they are where a run will want to grow.
+        Such pages can be read as one strided view, without gathering. The ``stride - length`` pages behind each run stay
+        free and are kept for it to grow into.
 
         Returns:
             int32 ``[runs, length]``.
         """
         with self.lock:
-            want = (runs - 1) * stride + max(length, stride)
+            want = runs * stride
             start = self._free_stretch(want)
             if start is None:
-                tail = self.num_pages - 1 - int(np.flatnonzero(self.refs)[-1])
                 if self.capacity is not None:  # no stretch is long enough: any pages will do
                     return self.alloc(runs * length).reshape(runs, length)
+                taken = np.flatnonzero((self.refs != 0) | self._spare)
+                tail = self.num_pages - 1 - int(taken[-1])
                 self.reserve(self.num_free + want - tail)
                 start = self._free_stretch(want)
                 assert start is not None
-            pages = start + np.arange(runs)[:, None] * stride + np.arange(length)[None]
+            first = start + np.arange(runs)[:, None] * stride
+            self._spare[first + np.arange(length, stride)] = True
+            pages = first + np.arange(length)
             return self._take(pages.astype(np.int32).ravel()).reshape(runs, length)
 
     def _free_stretch(self, want: int) -> int | None:
-        edges = np.flatnonzero(np.diff(np.concatenate(([1], self.refs != 0, [1])).astype(np.int8)))
+        closed = (self.refs != 0) | self._spare
+        edges = np.flatnonzero(np.diff(np.concatenate(([1], closed, [1])).astype(np.int8)))
         starts, ends = edges[::2], edges[1::2]
         fitting = np.flatnonzero(ends - starts >= want)
         return int(starts[fitting[0]]) if len(fitting) else None
@@ -165,6 +170,7 @@ class PagePool:
             self.v.index_fill_(0, index, 0)
         self.refs[pages] = 1
         self._used[pages] = True
+        self._spare[pages] = False
         return pages.astype(np.int32)
 
     # ------------------------------------------------------------------------------------------- share and free
@@ -176,7 +182,12 @@ class PagePool:
     def release(self, pages: np.ndarray) -> None:
         """Drop one reference for every entry of ``pages``; pages without references are free again."""
         with self.lock:
-            np.subtract.at(self.refs, pages[pages > 0], 1)
+            pages = pages[pages > 0]
+            np.subtract.at(self.refs, pages, 1)
+            behind = pages[self.refs[pages] == 0] + 1  # what was kept behind a run that is gone is anybody's
+            while len(behind := behind[behind < self.num_pages]) and len(behind := behind[self._spare[behind]]):
+                self._spare[behind] = False
+                behind = behind + 1
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy whole pages, keys and values."""
