@@ -70,6 +70,21 @@ def redknot_attention_forward(
             is_causal,
             kwargs,
         )
+    try:
+        _refuse_foreign(module, handle, value, dropout, is_causal, kwargs)
+        if scaling is None:
+            scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+        out = handle.layer.attend(handle, query, attention_mask, float(scaling), sliding_window, softcap, s_aux)
+    except Exception:
+        handle.layer.cache.abandon(handle.step)  # as if this forward had not been tried, where that is still possible
+        raise
+    return out, None
+
+
+def _refuse_foreign(
+    module: torch.nn.Module, handle: Any, value: torch.Tensor, dropout: float, is_causal: bool | None, kwargs: dict
+) -> None:
+    """Raise `UnsupportedModel` where a family does what pages do not follow."""
     name = type(module).__name__
     if handle.value is not value:
         raise UnsupportedModel(
@@ -88,10 +103,6 @@ def redknot_attention_forward(
         )
     if dropout and module.training:
         raise UnsupportedModel("a RedKnotCache serves inference only: call model.eval() or train without a cache")
-    if scaling is None:
-        scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
-    out = handle.layer.attend(handle, query, attention_mask, float(scaling), sliding_window, softcap, s_aux)
-    return out, None
 
 
 def _ordinary_attention(

@@ -127,6 +127,7 @@ class RedKnotCache(Cache):
             return StaticRedKnotLayer(self, index, window, self.max_cache_len)
         return RedKnotLayer(self, index, window)
 
+        self._check_served()
     @property
     def paged_layers(self) -> list[RedKnotLayer]:
         return [layer for layer in self.layers if isinstance(layer, RedKnotLayer)]
@@ -144,14 +145,39 @@ class RedKnotCache(Cache):
             CacheError: the layer has another number of heads than the profile says.
         """
         if self.profile is None:
+    def _check_served(self) -> None:
+        """A profile must not be ignored without a word: say which layers with local heads are not served from pages.
+
+        Raises:
+            UnsupportedModel: none is served.
+        """
+        if self.profile is None:
+            return
+        local = [index for index, row in enumerate(self.profile.head_class) if "local" in row]
+        unserved = [index for index in local if not isinstance(self.layers[index], RedKnotLayer)]
+        if not unserved:
+            return
+        kinds = ", ".join(sorted({type(self.layers[index]).__name__ for index in unserved}))
+        if not self.paged_layers:
+            raise UnsupportedModel(
+                f"{type(self.config).__name__}: transformers keeps its keys and values in {kinds}, which a RedKnotCache "
+                "does not serve; use DynamicCache, or HeadProfile.all_global(config)"
+            )
+        _log_once(
+            f"layers {unserved} of {type(self.config).__name__} are kept by transformers ({kinds}): local heads there keep "
+            "what the model keeps",
+            logging.WARNING,
+        )
+
             sink, window = np.zeros(heads, np.int64), np.full(heads, KEEP_ALL, np.int64)
         else:
             of_rank = self.profile.num_kv_heads // self.tp_size
             if heads != of_rank or self.profile.num_kv_heads % self.tp_size:
                 raise CacheError(
                     f"layer {index} feeds {heads} KV heads but the profile has {self.profile.num_kv_heads} "
-                    f"(tp_size={self.tp_size}): for a tensor-parallel model build the cache with "
-                    "RedKnotCache.for_model(model, profile)"
+                    f"(tp_size={self.tp_size}). For a tensor-parallel model build the cache with "
+                    "RedKnotCache.for_model(model, profile); a model with latent attention or with another number of "
+                    "heads in some layers is not served: use DynamicCache"
                 )
             mine = slice(self.tp_rank * heads, (self.tp_rank + 1) * heads)
             local = np.array([kind == "local" for kind in self.profile.head_class[index][mine]])
@@ -185,9 +211,7 @@ class RedKnotCache(Cache):
                     f"{self.seen}: an earlier forward was interrupted. Call cache.reset() and feed the prompt again"
                 )
             if step.thread != threading.get_ident():
-                raise CacheError(
-                    "two threads use one RedKnotCache at the same time: give each its own cache or a fork()"
-                )
+                self._refuse_second_thread()
             layer.seen += length
             return step
 
@@ -225,6 +249,8 @@ class RedKnotCache(Cache):
         if not known:
             assert self.max_cache_len is not None
             self._states[device] = StaticState(device, batch, self.max_cache_len)
+                if last.step is self.step and last.step.thread != threading.get_ident():
+                    self._refuse_second_thread()
         return self._states[device], not known
 
     def settle_states(self) -> None:
@@ -242,6 +268,11 @@ class RedKnotCache(Cache):
             CacheError: more tokens than ``max_cache_len``.
         """
         if self.max_cache_len is None:
+        if self.seen and length > self.seen and getattr(self.config, "use_cache", True) is False:
+            raise CacheError(
+                f"{type(self.config).__name__}.use_cache is False, so generate() feeds all {length} tokens again at every "
+                "step: set model.config.use_cache = True, or generate without a cache"
+            )
             return
         self._budget -= tokens
         if self._budget >= 0:
@@ -259,6 +290,25 @@ class RedKnotCache(Cache):
         if not self._states:
             return
         self.seen, lens = next(iter(self._states.values())).pull()
+    def abandon(self, step: Step) -> None:
+        """A forward was refused: if no layer has stored anything yet, the cache is again as it was before it."""
+        with self._lock:
+            if step is not self.step or step.stored or self._states or step.thread != threading.get_ident():
+                return
+            for layer in self.paged_layers:
+                if step.start:
+                    layer.seen, layer.pending = min(layer.seen, step.start), None
+                else:
+                    layer.reset()
+            self.seen, self.step, self.last_handle = step.start, None, None
+
+    @staticmethod
+    def _refuse_second_thread() -> None:
+        raise CacheError(
+            "two threads use one RedKnotCache at the same time: give each its own cache or a fork(). If the other thread "
+            "fails, too, call cache.reset() before using this one again"
+        )
+
         for layer in self.paged_layers:
             layer.seen = self.seen
             if layer.pages is not None:
@@ -631,7 +681,7 @@ def _resolve_profile(config: Any, profile: HeadProfile | str | None) -> HeadProf
 _logged: set[str] = set()
 
 
-def _log_once(message: str) -> None:
+def _log_once(message: str, level: int = logging.INFO) -> None:
     if message not in _logged:
         _logged.add(message)
-        logger.info(message)
+        logger.log(level, message)

@@ -47,5 +47,21 @@ def shares_kv(config: Any, layers: list[Any]) -> bool:
     )
 
 
+_runs_sdpa: dict[type, bool] = {}
+
+
+def runs_sdpa(config: Any) -> bool:
+    """Whether transformers lets models with this config run under sdpa; True for configs it does not know."""
+    kind = type(config)
+    if kind not in _runs_sdpa:
+        try:
+            model = transformers.MODEL_MAPPING[kind]
+        except (KeyError, AttributeError, ImportError):
+            model = None
+        model = model[0] if isinstance(model, (tuple, list)) else model
+        _runs_sdpa[kind] = bool(getattr(model, "_supports_sdpa", True)) if model is not None else True
+    return _runs_sdpa[kind]
+
+
 def is_compiling() -> bool:
     return torch.compiler.is_compiling()

@@ -37,9 +37,10 @@ class Step:
     Attributes:
         new: int64 ``[batch]``, real tokens of each row; None until the first layer has seen the mask.
         order: int64 ``[batch, length]`` that moves each row's real tokens to the front, or None without padding.
-        pattern: bool ``[batch, 1, length, keys]`` when the mask is not causal.
+        pattern: bool ``[batch, 1, length, keys]`` when the mask of the layer that attends now is not causal.
         lengths: the tokens stored, for each device with kernels.
         reserved: pools (by id) that have room for the step.
+        stored: some layer has stored its chunk, so the step cannot be taken back any more.
     """
 
     def __init__(self, start: int, length: int, batch: int):
@@ -51,36 +52,20 @@ class Step:
         self.pattern: torch.Tensor | None = None
         self.lengths: dict[torch.device, kernel_path.Lengths] = {}
         self.reserved: set[int] = set()
+        self.stored = False
 
     def resolve(self, mask: Any, lens: np.ndarray) -> None:
-        """Take padding and pattern from the mask; the first layer of the forward calls this, the others share it.
+        """Take the padding from the mask; the first layer of the forward calls this, the others share it.
 
         Raises:
             CacheError: the padding does not fit the tokens that are stored.
-            UnsupportedModel: the mask has a pattern that the stored past cannot follow.
         """
         if self.new is not None:
             return
         everything = np.full(self.batch, self.length, np.int64)
-        if mask is None:
-            self.new = everything
-            return
         if not isinstance(mask, RedKnotMask):
-            if self.start:
-                raise UnsupportedModel(
-                    f"a mask of type {type(mask).__name__} over a RedKnotCache that already holds {self.start} tokens: pass "
-                    "a 2D padding mask, or use DynamicCache"
-                )
-            self.pattern = mask if mask.dtype == torch.bool else mask >= 0
             self.new = everything
             return
-        if not mask.is_causal:
-            if self.start:
-                raise UnsupportedModel(
-                    "this mask is not causal (packed sequences, a prefix or image blocks) and the cache already holds "
-                    f"{self.start} tokens; feed such a prompt in one piece, or use DynamicCache"
-                )
-            self.pattern = mask.dense()
         padding = mask.padding
         if padding is None:
             self.new = everything
@@ -103,6 +88,28 @@ class Step:
         if not fresh.all():
             self.fresh = torch.from_numpy(fresh.copy()).to(padding.device)
             self.order = torch.argsort(~self.fresh, dim=1, stable=True)
+
+    def use_pattern(self, mask: Any) -> None:
+        """Set `pattern` for a layer with this mask: sliding and full layers of one forward have different ones.
+
+        Raises:
+            UnsupportedModel: the mask has a pattern that the stored past cannot follow.
+        """
+        if mask is None or (isinstance(mask, RedKnotMask) and mask.is_causal):
+            self.pattern = None
+            return
+        if self.start:
+            kind = "is not causal (packed sequences, a prefix or image blocks)"
+            if not isinstance(mask, RedKnotMask):
+                kind = f"is a {type(mask).__name__} of its own shape"
+            raise UnsupportedModel(
+                f"the attention mask {kind} and the cache already holds {self.start} tokens: feed such a prompt in one "
+                "piece, pass a 2D padding mask, or use DynamicCache"
+            )
+        if isinstance(mask, RedKnotMask):
+            self.pattern = mask.dense()
+        else:
+            self.pattern = mask if mask.dtype == torch.bool else mask >= 0
 
     @property
     def positions(self) -> np.ndarray:
@@ -258,6 +265,7 @@ class RedKnotLayer(CacheLayerMixin):
     def attend(
         self,
         handle: Handle,
+        step.stored = True
         query: torch.Tensor,
         mask: Any,
         scale: float,
@@ -275,6 +283,8 @@ class RedKnotLayer(CacheLayerMixin):
         single = step.length == 1 and step.order is None
         if handle.stored and not single:
             raise UnsupportedModel(
+        step.use_pattern(mask)
+        self._check_window(step, mask)
                 f"layer {self.index}: the attention function ran twice over one chunk, which a RedKnotCache does not "
                 "serve; use DynamicCache"
             )
@@ -372,6 +382,7 @@ class RedKnotLayer(CacheLayerMixin):
 
     def _adopt_window(self, window: int) -> None:
         """The family passes a sliding window to attention that its cache layer type does not show."""
+        handle.step.stored = True
         if self.pages is not None:
             raise UnsupportedModel(
                 f"layer {self.index} was called with sliding_window={window} after {self.model_window}; use DynamicCache"
@@ -384,6 +395,21 @@ class RedKnotLayer(CacheLayerMixin):
         handle, self.pending = self.pending, None
         if handle is None or handle.stored or handle.step.new is None or self.pages is None:
             return
+    def _check_window(self, step: Step, mask: Any) -> None:
+        """The window that the model masks with must be the one that it caches with, where the difference would show.
+
+        Raises:
+            UnsupportedModel: they differ, so that a layer would see other tokens than with the family's own cache.
+        """
+        if not isinstance(mask, RedKnotMask) or not mask.is_causal:
+            return
+        own = self.model_window or 0
+        if mask.window != own and step.start + step.length > min(size for size in (mask.window, own) if size):
+            raise UnsupportedModel(
+                f"layer {self.index} caches a window of {own or 'all'} tokens but masks with {mask.window or 'all'}: this "
+                "family is not served; use DynamicCache"
+            )
+
         step = handle.step
         k, v = step.compact(handle.k), step.compact(handle.v)  # type: ignore[arg-type]
         if self.kernel is not None:

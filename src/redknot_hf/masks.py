@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from transformers import masking_utils
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+
+from . import compat
 
 __all__ = ["CacheLength", "RedKnotMask", "redknot_mask"]
 
@@ -61,6 +63,7 @@ class RedKnotMask:
 
     Attributes:
         padding: bool ``[batch, columns]``, True for real tokens, or None.
+        window: the sliding window of a pattern that is causal within one; 0 for plain causal and for any other pattern.
         is_causal: the pattern is causal, or causal within a sliding window. Any other (packed sequences, prefix-LM,
             image blocks, chunks) has to be materialised with `dense`.
     """
@@ -69,7 +72,9 @@ class RedKnotMask:
         self.arguments = arguments
         self.padding: torch.Tensor | None = arguments.get("attention_mask")
         function = arguments.get("mask_function", causal_mask_function)
-        self.is_causal = function is causal_mask_function or _is_sliding_overlay(function)
+        sliding = _is_sliding_overlay(function)
+        self.window = int(arguments.get("local_size") or 0) if sliding else 0
+        self.is_causal = function is causal_mask_function or sliding
         self._dense: torch.Tensor | None = None
 
     def dense(self) -> torch.Tensor:
@@ -97,7 +102,7 @@ class RedKnotMask:
         return self.dense()[index]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("arguments", "padding"):
+        if name.startswith("_") or name in ("arguments", "padding", "window"):
             raise AttributeError(name)
         return getattr(self.dense(), name)
 
@@ -122,8 +127,9 @@ def redknot_mask(
     """The function registered with transformers' ``AttentionMaskInterface``.
 
     Returns:
-        sdpa's mask for an ordinary cache; for a `RedKnotCache` a `RedKnotMask`, or None when each row gets exactly one
-        more real token (a decode step needs no mask: lengths live in the cache).
+        For an ordinary cache what the family's default implementation gets, sdpa's or eager's mask; for a
+        `RedKnotCache` a `RedKnotMask`, or None when each row gets exactly one more real token (a decode step needs no
+        mask: lengths live in the cache).
     """
     if isinstance(attention_mask, RedKnotMask):  # prepared by generate() ahead of the call
         return attention_mask
@@ -140,7 +146,8 @@ def redknot_mask(
         **kwargs,
     )
     if not isinstance(kv_length, CacheLength):
-        return sdpa_mask(**arguments)
+        # a family that transformers does not run with sdpa may do arithmetic with its mask
+        return sdpa_mask(**arguments) if compat.runs_sdpa(kwargs.get("config")) else eager_mask(**arguments)
     if q_length == 1 and kv_length.decoding and _last_column_is_real(attention_mask):
         return None
     return RedKnotMask(arguments)

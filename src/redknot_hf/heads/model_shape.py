@@ -83,15 +83,15 @@ def model_shape(config: Any) -> ModelShape:
     who = f"the config of {name or model_type or type(config).__name__!r}"
 
     num_layers = _positive(getattr(text, "num_hidden_layers", None), f"{who}: num_hidden_layers")
-    heads = _positive(_uniform(getattr(text, "num_attention_heads", None), who), f"{who}: num_attention_heads")
-    kv_heads = _uniform(getattr(text, "num_key_value_heads", None), who)
+    heads = _positive(_uniform(_read(text, "num_attention_heads", who), who), f"{who}: num_attention_heads")
+    kv_heads = _uniform(_read(text, "num_key_value_heads", who), who)
     if kv_heads is None:
         # Models from before GQA: either all query heads have their own KV, or one KV head serves all of them.
         shared = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)
         kv_heads = 1 if shared else heads
     kv_heads = _positive(kv_heads, f"{who}: num_key_value_heads")
 
-    head_dim = getattr(text, "head_dim", None)
+    head_dim = _read(text, "head_dim")
     if not isinstance(head_dim, int) or head_dim <= 0:
         hidden = getattr(text, "hidden_size", None)
         head_dim = hidden // heads if isinstance(hidden, int) and hidden >= heads else None
@@ -126,7 +126,7 @@ def model_shape(config: Any) -> ModelShape:
 def config_hash(config: Any) -> str:
     """16 hex digits over the fields that fix a decoder's architecture; transformers version and dtype do not matter."""
     text = text_config(config)
-    fields = {key: getattr(text, key, None) for key in _HASHED_FIELDS}
+    fields = {key: _read(text, key) for key in _HASHED_FIELDS}
     canonical = json.dumps(fields, sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -173,6 +173,23 @@ def provenance_difference(metadata: dict[str, Any], config: Any) -> str | None:
 def basename(name: str) -> str:
     """The last part of a path or Hub id, in lower case: what model names are compared by."""
     return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def _read(config: Any, key: str, who: str = "") -> Any:
+    """An attribute of a config; None where it is missing, or where every layer has its own (gemma4's `head_dim`).
+
+    Raises:
+        RedKnotError: every layer has its own and ``who`` is given, i.e. the caller cannot do without.
+    """
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError
+        if who:
+            raise RedKnotError(
+                f"{who} gives different layers different values of {key}; head profiles need the same number of KV heads "
+                "in every layer"
+            ) from None
+        return None
 
 
 def _uniform(value: Any, who: str) -> Any:
