@@ -256,6 +256,19 @@ REFUSED = {
         ),
         "MLA",
     ),
+    "states-that-depend-on-the-position": (
+        lambda: transformers.RecurrentGemmaForCausalLM(
+            transformers.RecurrentGemmaConfig(
+                vocab_size=128,
+                hidden_size=64,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                intermediate_size=96,
+                lru_width=64,
+            )
+        ).eval(),
+        "not by a rotation",
+    ),
     "no-rotary-at-all": (lambda: build("SmolLM3", num_hidden_layers=2, no_rope_layers=[0, 0]), "no rotary embedding"),
     "encoder-decoder": (
         lambda: transformers.T5ForConditionalGeneration(

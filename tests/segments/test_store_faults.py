@@ -197,6 +197,33 @@ def test_a_hostile_manifest_is_a_miss(valkey_server, text, caplog):
 
 
 # -- files
+@pytest.mark.parametrize(("rereads", "found"), [(0, False), (1, False), (2, True)])
+def test_a_store_without_snapshots_reads_again_before_it_calls_an_entry_damaged(
+    tmp_path, monkeypatch, rereads, found, caplog
+):
+    """Two mixed reads, as when another client replaces the entry meanwhile; the third is whole."""
+    store = SegmentStore(tmp_path / "s")
+    store.put(make_key(1), make_entry(1))
+    whole, reads = store._read, []
+
+    def mixed(name):
+        reads.append(name)
+        return whole(name) if len(reads) > 2 else bytearray(whole(name))[:-1] + b"?"
+
+    monkeypatch.setattr(store, "_read", mixed)
+    monkeypatch.setattr(store, "rereads", rereads)
+    assert (store.get(make_key(1)) is not None) == found
+    assert len(warnings_of(caplog)) == (not found)
+
+
+@pytest.mark.store
+def test_mooncake_is_such_a_store():
+    pytest.importorskip("mooncake.store")
+    from redknot_hf.segments.stores.mooncake import MooncakeStore
+
+    assert MooncakeStore.rereads >= 2
+
+
 # --------------------------------------------------------------------------------------------------------------
 
 
@@ -309,8 +336,7 @@ def test_reading_instead_of_mapping_gives_the_same(tmp_path):
     assert_same(store.get(make_key(1)), make_entry(1))
 
 
-# -- what users type, and what they must not read
-# ------------------------------------------------------------------------
+# -- what users type, and what they must not read ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -348,8 +374,7 @@ def test_credentials_are_never_shown(caplog):
     assert "hunter2" not in str(error.value)
 
 
-# -- chains
-# ---------------------------------------------------------------------------------------------------------------
+# -- chains -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_chain_writes_through_and_promotes(tmp_path):
