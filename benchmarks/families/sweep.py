@@ -1,0 +1,184 @@
+"""Run every decoder family of the installed transformers and write the table.
+
+    python benchmarks/families/sweep.py                 # all; writes benchmarks/results/families-<version>.json
+    python benchmarks/families/sweep.py llama gpt_oss   # some; prints only
+    python benchmarks/families/sweep.py --render FILE   # docs/families.md from a committed result
+
+What is compared is in tests/families/family_check.py. CPU only; a minute or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS_PER_FAMILY = 120
+LEAST_EFFECT = 1e-3  # of the largest logit
+
+
+def run(names: list[str]) -> dict[str, dict]:
+    """`check_family` for each name, each within a time limit."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.filterwarnings("ignore")
+    sys.path[:0] = [str(ROOT / "tests" / "core"), str(ROOT / "tests" / "families")]
+    from family_check import check_family
+    from tiny_families import families
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError(f"longer than {SECONDS_PER_FAMILY} s")
+
+    signal.signal(signal.SIGALRM, too_long)
+    results = {}
+    for name in names or families():
+        signal.alarm(SECONDS_PER_FAMILY)
+        try:
+            results[name] = check_family(name)
+        except Exception as problem:
+            results[name] = {"not built": f"{type(problem).__name__}: {problem}"}
+        finally:
+            signal.alarm(0)
+        print(f"{name:28s} {summary(results[name])}", flush=True)
+    return results
+
+
+def summary(result: dict) -> str:
+    """One line: the three outcomes, or why there is none."""
+    if "not built" in result:
+        return f"not built: {_one_line(result['not built'], 100)}"
+    return "  ".join(f"{rung} {result[rung]['outcome']}" for rung in ("fallback", "M0", "M4"))
+
+
+def verdict(result: dict) -> str:
+    """The word of the first column of the table."""
+    if "not built" in result:
+        return "not built"
+    outcomes = {rung: result[rung]["outcome"] for rung in ("fallback", "M0", "M4")}
+    if {"wrong", "error"} & set(outcomes.values()):
+        return "WRONG"
+    if "no reference" in outcomes.values():
+        return "unknown"
+    if outcomes["M0"] == outcomes["M4"] == "equal" and result["layers"]["paged"]:
+        # where hiding the far keys changes nothing, M4 could not have failed
+        return "supported" if float(result["M4"]["effect"]) > LEAST_EFFECT else "unknown"
+    return "refused" if outcomes["M0"] == "refused" else "exact only"
+
+
+def render(data: dict) -> str:
+    """docs/families.md."""
+    results = data["families"]
+    groups: dict[str, list[str]] = {}
+    for name, result in results.items():
+        groups.setdefault(verdict(result), []).append(name)
+    total = Counter({word: len(names) for word, names in groups.items()})
+    lines = [
+        "# Which model families work",
+        "",
+        f"Every decoder family of transformers {data['transformers']} with a tiny random model (fp32, CPU, torch "
+        f"{data['torch']}, {data['date']}): two prompts of 21 tokens, one of them left-padded, 6 tokens generated "
+        "greedily. Nothing here is written by hand: `python benchmarks/families/sweep.py` makes "
+        f"`benchmarks/results/families-{data['transformers']}.json` and this page.",
+        "",
+        "| verdict | families | meaning |",
+        "|---|---|---|",
+    ]
+    meanings = {
+        "supported": "M0: all heads global gives the default implementation's tokens and logits. M4: a mixed profile "
+        "gives those of dense attention with the mask of the visibility rule",
+        "exact only": "exact while every head is global; local heads are refused by name",
+        "refused": 'a RedKnotCache raises an error that names the cause; `attn_implementation="redknot"` with an '
+        "ordinary cache works where the column *fallback* says equal",
+        "unknown": "no comparison possible",
+        "WRONG": "another result without an error",
+        "not built": "no tiny model of it could be built or run with transformers alone",
+    }
+    lines += [f"| {word} | {total[word]} | {meaning} |" for word, meaning in meanings.items() if total[word]]
+    lines += [
+        "",
+        '*Fallback* is `attn_implementation="redknot"` with the family\'s ordinary cache against its default '
+        "implementation: *plain* means that transformers cannot change this family's attention, so it stays what it "
+        "is. *Layers* are those served from pages: linear-attention, chunked, indexed and combined layers stay with "
+        "transformers, and layers that share an earlier layer's keys follow the head classes of the layer that stores "
+        "them.",
+        "",
+        "## Supported",
+        "",
+        "| family | default | fallback | layers | M0 off by | M4 off by |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in groups.get("supported", []):
+        r = results[name]
+        lines.append(
+            f"| {name} | {r['default']} | {r['fallback']['outcome']} | {r['layers']['paged']} of {r['layers']['of']} | "
+            f"{r['M0']['difference']:.0e} | {r['M4']['difference']:.0e} |"
+        )
+    for word in ("exact only", "refused", "unknown", "WRONG"):
+        if not groups.get(word):
+            continue
+        lines += [
+            "",
+            f"## {word[0].upper()}{word[1:]}",
+            "",
+            "| family | fallback | M0 | M4 | message |",
+            "|---|---|---|---|---|",
+        ]
+        for name in groups[word]:
+            r = results[name]
+            message = r["M4"].get("message") or r["M0"].get("message") or ""
+            outcomes = " | ".join(r[rung]["outcome"] for rung in ("fallback", "M0", "M4"))
+            lines.append(f"| {name} | {outcomes} | {_one_line(message, 170)} |")
+    lines += ["", "## Not built", "", "| family | why |", "|---|---|"]
+    lines += [f"| {name} | {_one_line(results[name]['not built'], 170)} |" for name in groups.get("not built", [])]
+    return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str, limit: int) -> str:
+    text = " ".join(text.split()).replace("|", "/")
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="model types; default: all, and write the result")
+    parser.add_argument("--render", metavar="FILE", help="write docs/families.md from a result file")
+    options = parser.parse_args()
+    page = ROOT / "docs" / "families.md"
+    if options.render:
+        page.write_text(render(json.loads(Path(options.render).read_text())))
+        return 0
+    results = run(options.families)
+    print(dict(Counter(map(verdict, results.values()))))
+    if not options.families:
+        import datetime
+
+        import torch
+        import transformers
+
+        data = {
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "date": datetime.date.today().isoformat(),
+            "command": "python benchmarks/families/sweep.py",
+            "families": results,
+        }
+        path = ROOT / "benchmarks" / "results" / f"families-{transformers.__version__}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=1).replace("Infinity", '"inf"') + "\n")
+        print(path)
+    return 1 if any(verdict(result) == "WRONG" for result in results.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
