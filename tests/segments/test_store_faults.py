@@ -196,7 +196,6 @@ def test_a_hostile_manifest_is_a_miss(valkey_server, text, caplog):
     client.close()
 
 
-# -- files
 @pytest.mark.parametrize(("rereads", "found"), [(0, False), (1, False), (2, True)])
 def test_a_store_without_snapshots_reads_again_before_it_calls_an_entry_damaged(
     tmp_path, monkeypatch, rereads, found, caplog
@@ -224,7 +223,7 @@ def test_mooncake_is_such_a_store():
     assert MooncakeStore.rereads >= 2
 
 
-# --------------------------------------------------------------------------------------------------------------
+# -- files ------------------------------------------------------------------------------------------------------------
 
 
 def files_in(root: Path) -> list[str]:
