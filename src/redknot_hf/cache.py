@@ -25,6 +25,7 @@ from .layer import Handle, RedKnotLayer, Step, effective_window
 from .memory import MemoryReport
 from .paging.pages import KEEP_ALL, LayerPages
 from .paging.pool import PagePool
+from .paging.tiers import NEAR_TOKENS, ColdTier, lost_tokens
 from .static import StaticRedKnotLayer, StaticState
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,13 @@ class RedKnotCache(Cache):
         max_cache_len: build the static form that holds up to this many tokens, for compiled decoding. None: grow.
         rollback: tokens that `crop` can take back from local heads after eviction.
         tp_rank, tp_size: which share of the KV heads this process holds; `for_model` fills them in.
+        cold: what becomes of tokens that leave a local head's window: ``"drop"``, or kept in host memory (``"cpu"``)
+            or in a mapped file (``"disk"``), so that `set_profile` can give heads longer windows and `crop` needs no
+            rollback. Far pages of retrieval heads then are there, too, instead of on the device.
+        retrieve: which far pages retrieval heads read in a decode step: None: all (exact); an int: that many, those
+            whose keys could score highest; a float in (0, 1]: enough for this share of the attention, by the same
+            bounds. Approximate unless None or 1.0.
+        near_tokens: recent tokens that retrieval heads keep on the device.
 
     Raises:
         RedKnotError: an argument is out of range, or the profile is of another shape than the model.
@@ -68,6 +76,9 @@ class RedKnotCache(Cache):
         rollback: int = 0,
         tp_rank: int = 0,
         tp_size: int = 1,
+        cold: str = "drop",
+        retrieve: int | float | None = None,
+        near_tokens: int = NEAR_TOKENS,
     ):
         if prefill not in ("windowed", "full"):
             raise RedKnotError(f"prefill={prefill!r}: expected 'windowed' or 'full'")
@@ -84,10 +95,14 @@ class RedKnotCache(Cache):
         if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
             raise RedKnotError(f"max_cache_len={max_cache_len!r}: expected a number of tokens, or None to grow")
         self.prefill, self.page_size, self.rollback = prefill, page_size, rollback
-        self.max_cache_len = max_cache_len
+        self.limit = max_cache_len
         self._states: dict[torch.device, StaticState] = {}
         self._budget = 0  # tokens that surely still fit into a static cache
         self.tp_rank, self.tp_size = tp_rank, tp_size
+        self.cold = cold
+        self.tier = None if cold == "drop" else ColdTier(cold, retrieve, near_tokens)
+        if self.tier is not None and max_cache_len is not None:
+            raise RedKnotError(f"cold={cold!r} with max_cache_len: the static form has no cold tier; use one of them")
         self.recording = False
         self.seen = 0
         self.padding: list[tuple[int, np.ndarray]] = []  # (first column, bool [batch, columns]) of chunks with padding
@@ -101,6 +116,8 @@ class RedKnotCache(Cache):
         if not template:
             raise UnsupportedModel(f"{type(self.config).__name__} has no layers that keep keys and values")
         self.defers = compat.shares_kv(self.config, template)
+        if self.defers and self.tier is not None:
+            raise UnsupportedModel(f"cold={cold!r} with {type(self.config).__name__}: its layers share keys")
         fixed = template
         if max_cache_len is not None:
             if self.defers:
@@ -110,6 +127,7 @@ class RedKnotCache(Cache):
                 )
             fixed = StaticCache(config=self.config, max_cache_len=max_cache_len).layers
         super().__init__(layers=[self._layer(i, plain, fixed[i]) for i, plain in enumerate(template)])
+        self._check_served()
 
     @classmethod
     def for_model(cls, model: Any, profile: HeadProfile | str | None = None, **options: Any) -> RedKnotCache:
@@ -123,28 +141,10 @@ class RedKnotCache(Cache):
         if type(plain) is not DynamicLayer and not sliding:
             return fixed
         window = plain.sliding_window if sliding else None
-        if self.max_cache_len is not None:
-            return StaticRedKnotLayer(self, index, window, self.max_cache_len)
+        if self.limit is not None:
+            return StaticRedKnotLayer(self, index, window, self.limit)
         return RedKnotLayer(self, index, window)
 
-        self._check_served()
-    @property
-    def paged_layers(self) -> list[RedKnotLayer]:
-        return [layer for layer in self.layers if isinstance(layer, RedKnotLayer)]
-
-    @property
-    def attention_implementation(self) -> str | None:
-        """What the model runs now: the config is the model's own object."""
-        return getattr(self.config, "_attn_implementation", None)
-
-    # ------------------------------------------------------------------------------------------- for the layers
-    def geometry(self, index: int, heads: int, model_window: int | None) -> tuple[np.ndarray, np.ndarray, int]:
-        """Sinks and windows (int ``[heads]``) of a layer's KV heads, and the model window left for attention.
-
-        Raises:
-            CacheError: the layer has another number of heads than the profile says.
-        """
-        if self.profile is None:
     def _check_served(self) -> None:
         """A profile must not be ignored without a word: say which layers with local heads are not served from pages.
 
@@ -169,6 +169,23 @@ class RedKnotCache(Cache):
             logging.WARNING,
         )
 
+    @property
+    def paged_layers(self) -> list[RedKnotLayer]:
+        return [layer for layer in self.layers if isinstance(layer, RedKnotLayer)]
+
+    @property
+    def attention_implementation(self) -> str | None:
+        """What the model runs now: the config is the model's own object."""
+        return getattr(self.config, "_attn_implementation", None)
+
+    # ------------------------------------------------------------------------------------------- for the layers
+    def geometry(self, index: int, heads: int, model_window: int | None) -> tuple[np.ndarray, np.ndarray, int]:
+        """Sinks and windows (int ``[heads]``) of a layer's KV heads, and the model window left for attention.
+
+        Raises:
+            CacheError: the layer has another number of heads than the profile says.
+        """
+        if self.profile is None:
             sink, window = np.zeros(heads, np.int64), np.full(heads, KEEP_ALL, np.int64)
         else:
             of_rank = self.profile.num_kv_heads // self.tp_size
@@ -186,6 +203,39 @@ class RedKnotCache(Cache):
         sink = np.where(window >= KEEP_ALL, 0, sink)
         return effective_window(sink, window, model_window)
 
+    def new_pages(self, layer: RedKnotLayer) -> LayerPages:
+        """Empty page tables for an initialised layer."""
+        pool = self.pool(layer.device, layer.dtype, layer.key_dim, layer.value_dim)
+        runs = layer.device.type == "cpu"
+        geometry = (layer.sink, layer.window, layer.batch_size, layer.rollback)
+        if self.tier is None:
+            return LayerPages(pool, *geometry, contiguous=runs)
+        first, count = self.tp_rank * layer.num_heads, layer.num_heads
+        classes = [] if self.profile is None else self.profile.head_class[layer.index][first : first + count]
+        far = [head for head, kind in enumerate(classes) if kind == "retrieval" and layer.window[head] >= KEEP_ALL]
+        return self.tier.pages(pool, *geometry, np.array(far, np.int64), runs)
+
+    def set_profile(self, profile: HeadProfile | str) -> None:
+        """Change head classes, sinks and windows of a cache in use; heads get back from the cold tier what they lack.
+
+        What the new profile shows is what comes next: keys and values that are stored were computed under the old one.
+
+        Raises:
+            CacheError: a head would have to show tokens that were dropped; says which and what to do. Nothing has
+                changed then.
+        """
+        from .sessions.profile_change import change_profile
+
+        change_profile(self, _resolve_profile(self.config, profile))
+
+    def dropped_tokens(self) -> list[list[int]]:
+        """Tokens that are kept nowhere any more, ``[layers][kv_heads]``, summed over the rows."""
+        self._settle()
+        return [
+            [] if getattr(layer, "pages", None) is None else lost_tokens(layer.pages).sum(0).tolist()
+            for layer in self.layers
+        ]
+
     def pool(self, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> PagePool:
         key = (device, dtype, key_dim, value_dim)
         if key not in self._pools:
@@ -201,6 +251,8 @@ class RedKnotCache(Cache):
         with self._lock:
             last = self.last_handle
             if last is not None and not last.stored and not self.defers:
+                if last.step is self.step and last.step.thread != threading.get_ident():
+                    self._refuse_second_thread()
                 self._refuse_unconsumed(last)
             if layer.seen == self.seen:
                 self._begin(length, layer)
@@ -216,6 +268,11 @@ class RedKnotCache(Cache):
             return step
 
     def _begin(self, length: int, layer: RedKnotLayer) -> None:
+        if self.seen and length > self.seen and getattr(self.config, "use_cache", True) is False:
+            raise CacheError(
+                f"{type(self.config).__name__}.use_cache is False, so generate() feeds all {length} tokens again at every "
+                "step: set model.config.use_cache = True, or generate without a cache"
+            )
         self.announce(length)
         self._pull()
         if self.seen:
@@ -233,63 +290,6 @@ class RedKnotCache(Cache):
         self.step = Step(self.seen, length, layer.batch_size)
         self.seen += length
 
-    def _refuse_unconsumed(self, handle: Handle) -> None:
-        layer = handle.layer
-        raise CacheError(
-            f"the keys that layer {layer.index} staged were never attended to: the model does not run "
-            "attn_implementation='redknot' (load it so, or call model.set_attn_implementation('redknot') and build the "
-            "cache from model.config), or its attention changes the keys after the cache, which a RedKnotCache cannot "
-            "serve. Call cache.reset() before using the cache again"
-        )
-
-    # ------------------------------------------------------------------------------------------- the static form
-    def static_state(self, device: torch.device, batch: int) -> tuple[StaticState, bool]:
-        """The counts of ``device``, and whether the asking layer is the first there (it counts each step)."""
-        known = device in self._states
-        if not known:
-            assert self.max_cache_len is not None
-            self._states[device] = StaticState(device, batch, self.max_cache_len)
-                if last.step is self.step and last.step.thread != threading.get_ident():
-                    self._refuse_second_thread()
-        return self._states[device], not known
-
-    def settle_states(self) -> None:
-        """A forward is through: the next one may be a decode step."""
-        for state in self._states.values():
-            state.decoding = state.started
-
-    def announce(self, tokens: int) -> None:
-        """``tokens`` more are coming: refuse what a static cache cannot hold, before anything is stored.
-
-        It may be called more often than tokens come. Only when that count has used up what surely fits is the device
-        asked, so a decode step waits for nothing.
-
-        Raises:
-            CacheError: more tokens than ``max_cache_len``.
-        """
-        if self.max_cache_len is None:
-        if self.seen and length > self.seen and getattr(self.config, "use_cache", True) is False:
-            raise CacheError(
-                f"{type(self.config).__name__}.use_cache is False, so generate() feeds all {length} tokens again at every "
-                "step: set model.config.use_cache = True, or generate without a cache"
-            )
-            return
-        self._budget -= tokens
-        if self._budget >= 0:
-            return
-        seen = int(next(iter(self._states.values())).seen) if self._states else 0
-        if seen + tokens > self.max_cache_len:
-            raise CacheError(
-                f"the cache holds at most max_cache_len={self.max_cache_len} tokens: {seen} are stored and {tokens} come. "
-                "Build it with a larger max_cache_len (prompt + new tokens), or without one"
-            )
-        self._budget = self.max_cache_len - seen - tokens
-
-    def _pull(self) -> None:
-        """Learn what compiled steps have counted on the device."""
-        if not self._states:
-            return
-        self.seen, lens = next(iter(self._states.values())).pull()
     def abandon(self, step: Step) -> None:
         """A forward was refused: if no layer has stored anything yet, the cache is again as it was before it."""
         with self._lock:
@@ -309,6 +309,56 @@ class RedKnotCache(Cache):
             "fails, too, call cache.reset() before using this one again"
         )
 
+    def _refuse_unconsumed(self, handle: Handle) -> None:
+        layer = handle.layer
+        raise CacheError(
+            f"the keys that layer {layer.index} staged were never attended to: the model does not run "
+            "attn_implementation='redknot' (load it so, or call model.set_attn_implementation('redknot') and build the "
+            "cache from model.config), or its attention changes the keys after the cache, which a RedKnotCache cannot "
+            "serve. Call cache.reset() before using the cache again"
+        )
+
+    # ------------------------------------------------------------------------------------------- the static form
+    def static_state(self, device: torch.device, batch: int) -> tuple[StaticState, bool]:
+        """The counts of ``device``, and whether the asking layer is the first there (it counts each step)."""
+        known = device in self._states
+        if not known:
+            assert self.limit is not None
+            self._states[device] = StaticState(device, batch, self.limit)
+        return self._states[device], not known
+
+    def settle_states(self) -> None:
+        """A forward is through: the next one may be a decode step."""
+        for state in self._states.values():
+            state.decoding = state.started
+
+    def announce(self, tokens: int) -> None:
+        """``tokens`` more are coming: refuse what a static cache cannot hold, before anything is stored.
+
+        It may be called more often than tokens come. Only when that count has used up what surely fits is the device
+        asked, so a decode step waits for nothing.
+
+        Raises:
+            CacheError: more tokens than ``max_cache_len``.
+        """
+        if self.limit is None:
+            return
+        self._budget -= tokens
+        if self._budget >= 0:
+            return
+        seen = int(next(iter(self._states.values())).seen) if self._states else 0
+        if seen + tokens > self.limit:
+            raise CacheError(
+                f"the cache holds at most max_cache_len={self.limit} tokens: {seen} are stored and {tokens} come. "
+                "Build it with a larger max_cache_len (prompt + new tokens), or without one"
+            )
+        self._budget = self.limit - seen - tokens
+
+    def _pull(self) -> None:
+        """Learn what compiled steps have counted on the device."""
+        if not self._states:
+            return
+        self.seen, lens = next(iter(self._states.values())).pull()
         for layer in self.paged_layers:
             layer.seen = self.seen
             if layer.pages is not None:
@@ -620,12 +670,17 @@ class RedKnotCache(Cache):
         live_heads: list[list[int]] = []
         ideal_heads: list[list[int]] = []
         tables = dense = cold = 0
+        archives: dict[int, tuple[PagePool, list[np.ndarray]]] = {}
         for layer in self.layers:
             pages = layer.pages if isinstance(layer, RedKnotLayer) else None
             if pages is None:
                 live_heads.append([])
                 ideal_heads.append([])
                 continue
+            archive = getattr(pages, "archive", None)
+            if archive is not None:
+                archives.setdefault(id(archive.pool), (archive.pool, []))[1].append(archive.table[archive.table > 0])
+                tables += archive.table.nbytes
             if getattr(pages, "asleep", False):  # offloaded: asking for its pages would bring them back
                 live_heads.append(pages.rows_per_head_bytes())
                 ideal_heads.append(live_heads[-1])
@@ -640,6 +695,10 @@ class RedKnotCache(Cache):
             dense += pages.batch_size * pages.num_heads * self.seen * token
         live = sum(len(np.unique(np.concatenate(lists))) * pool.page_bytes for pool, lists in held.values())
         allocated = sum(pool.allocated_bytes for pool, _ in held.values())
+        for pool, lists in archives.values():
+            kept = len(np.unique(np.concatenate(lists))) * pool.page_bytes
+            cold += kept
+            allocated += pool.allocated_bytes - kept
         return MemoryReport(
             allocated=allocated + tables + cold,
             live=live + tables + cold,

@@ -255,17 +255,22 @@ class RedKnotLayer(CacheLayerMixin):
                 f"{self.index} keeps only {shortest} of {total} tokens. Call model.set_attn_implementation('{NAME}') or load "
                 f"the model with attn_implementation='{NAME}'"
             )
+        if self.cache.tier is not None:
+            raise CacheError(
+                f"the model runs attn_implementation={implementation!r}, which cannot read cold pages "
+                f"(cold={self.cache.cold!r}): call model.set_attn_implementation('{NAME}')"
+            )
         step = self.cache.join_step(self, k.shape[2])
         step.resolve(None, np.zeros(step.batch, np.int64))
         pages = self._ready(step)
         pages.write(k.detach(), v.detach(), step.new)  # type: ignore[arg-type]
         pages.advance(step.new)  # type: ignore[arg-type]
+        step.stored = True
         return self.dense()
 
     def attend(
         self,
         handle: Handle,
-        step.stored = True
         query: torch.Tensor,
         mask: Any,
         scale: float,
@@ -278,13 +283,13 @@ class RedKnotLayer(CacheLayerMixin):
         if sliding_window is not None and sliding_window != self.model_window:
             self._adopt_window(sliding_window)
         step.resolve(mask, self.pages.lens if self.pages is not None else np.zeros(step.batch, np.int64))
+        step.use_pattern(mask)
+        self._check_window(step, mask)
         assert step.new is not None
         spec = AttentionSpec(scale, softcap or 0.0, s_aux, self.extra_window)
         single = step.length == 1 and step.order is None
         if handle.stored and not single:
             raise UnsupportedModel(
-        step.use_pattern(mask)
-        self._check_window(step, mask)
                 f"layer {self.index}: the attention function ran twice over one chunk, which a RedKnotCache does not "
                 "serve; use DynamicCache"
             )
@@ -350,18 +355,18 @@ class RedKnotLayer(CacheLayerMixin):
     def _ready(self, step: Step) -> LayerPages:
         """The page tables, with room for the step's tokens."""
         if self.pages is None:
-            pool = self.cache.pool(self.device, self.dtype, self.key_dim, self.value_dim)
-            runs = self.device.type == "cpu"
-            self.pages = LayerPages(pool, self.sink, self.window, self.batch_size, self.rollback, contiguous=runs)
-            missing = kernel_path.unavailable(
-                self.device, self.dtype, self.key_dim, self.value_dim, self.cache.page_size
-            )
-            self.kernel = None if missing else kernel_path.KernelLayer(self.pages)
+            self.pages = self.cache.new_pages(self)
+            self.kernel = self.kernel_for(self.pages)
         self.cache.reserve(self, step)
         if self.cache.recording and 1 < step.length <= 256:
             self.set_rollback(max(self.rollback, step.length))
         self.pages.prepare(step.new)  # type: ignore[arg-type]
         return self.pages
+
+    def kernel_for(self, pages: LayerPages) -> kernel_path.KernelLayer | None:
+        """The kernels over ``pages``; None where they do not serve this layer. They do not know cold pages."""
+        missing = kernel_path.unavailable(self.device, self.dtype, self.key_dim, self.value_dim, self.cache.page_size)
+        return None if missing or self.cache.tier is not None else kernel_path.KernelLayer(pages)
 
     def adopt(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         """Store a whole prompt ``[batch, kv_heads, n, dim]`` in an empty layer; see `RedKnotCache.adopt`."""
@@ -377,12 +382,12 @@ class RedKnotLayer(CacheLayerMixin):
         self.seen = step.length
 
     def _stored(self, handle: Handle) -> None:
+        handle.step.stored = True
         handle.release()
         self.pending = None
 
     def _adopt_window(self, window: int) -> None:
         """The family passes a sliding window to attention that its cache layer type does not show."""
-        handle.step.stored = True
         if self.pages is not None:
             raise UnsupportedModel(
                 f"layer {self.index} was called with sliding_window={window} after {self.model_window}; use DynamicCache"
@@ -390,11 +395,6 @@ class RedKnotLayer(CacheLayerMixin):
         self.model_window = window
         self.sink, self.window, self.extra_window = self.cache.geometry(self.index, self.num_heads, window)
 
-    def flush(self) -> None:
-        """Store a chunk that was kept back for layers which attend over this layer's keys."""
-        handle, self.pending = self.pending, None
-        if handle is None or handle.stored or handle.step.new is None or self.pages is None:
-            return
     def _check_window(self, step: Step, mask: Any) -> None:
         """The window that the model masks with must be the one that it caches with, where the difference would show.
 
@@ -410,6 +410,11 @@ class RedKnotLayer(CacheLayerMixin):
                 "family is not served; use DynamicCache"
             )
 
+    def flush(self) -> None:
+        """Store a chunk that was kept back for layers which attend over this layer's keys."""
+        handle, self.pending = self.pending, None
+        if handle is None or handle.stored or handle.step.new is None or self.pages is None:
+            return
         step = handle.step
         k, v = step.compact(handle.k), step.compact(handle.v)  # type: ignore[arg-type]
         if self.kernel is not None:

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import feed, make, mixed_profile, prompt, steps, tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from session_helpers import feed, make, mixed_profile, prompt, steps, tiny_config
 
 from redknot_hf import RedKnotCache, RedKnotError
 from redknot_hf.errors import PoolExhausted
@@ -277,7 +277,7 @@ KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
 import torch
-from conftest import make, mixed_profile, steps, tiny_model
+from session_helpers import make, mixed_profile, steps, tiny_model
 from redknot_hf.sessions import container
 model = tiny_model()
 cache = make(model, mixed_profile(model.config), 1, 40)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import feed, make, prompt, steps
+from session_helpers import feed, make, prompt, steps
 from test_save_load import hybrid_model
 
 from redknot_hf import HeadProfile, RedKnotCache

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import feed, make, prompt, steps
+from session_helpers import feed, make, prompt, steps
 
 from redknot_hf import HeadProfile, RedKnotCache, RedKnotError
 from redknot_hf.errors import CacheError

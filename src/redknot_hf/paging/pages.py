@@ -12,6 +12,8 @@ stored. This module does host-side bookkeeping (numpy) and moves rows of memory;
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -39,7 +41,10 @@ class LayerPages:
         ring: int32 ``[kv_heads]``.
         oldest: int64 ``[batch, kv_heads]``, the first position behind the sinks that has not been overwritten.
         shared: whether another table may hold some of these pages.
+        far: the retrieval heads whose far pages are cold (`tiers.FarHeads`), or None; here they are rings.
     """
+
+    far: Any = None
 
     def __init__(
         self,

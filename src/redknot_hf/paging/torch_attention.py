@@ -60,6 +60,8 @@ def decode(pages: LayerPages, q: torch.Tensor, spec: AttentionSpec) -> torch.Ten
     if len(pages.ring_heads):
         heads = pages.ring_heads
         parts.append((heads, _decode_ring(pages, _pick(packed, heads, pages.num_heads), spec, heads)))
+    if pages.far is not None:  # overrides what the rings of near tokens gave for these heads
+        parts.append((pages.far.heads, pages.far.decode(_pick(packed, pages.far.heads, pages.num_heads), spec)))
     return _join(parts, pages.num_heads).reshape(batch, 1, q_heads, -1)
 
 
@@ -137,6 +139,9 @@ def prefill(
     for heads in _same_window(pages):
         mine = _pick(grouped, heads, pages.num_heads)
         parts.append((heads, _prefill_ring(pages, mine, k, v, new, spec, heads, unwindowed)))
+    if pages.far is not None:
+        heads = pages.far.heads
+        parts.append((heads, pages.far.prefill(_pick(grouped, heads, pages.num_heads), k, v, new, spec)))
     past = pages.lens
     if commit:
         pages.write(k, v, new)
@@ -149,9 +154,10 @@ def prefill(
 
 
 def _same_window(pages: LayerPages) -> Iterator[np.ndarray]:
-    kinds = np.stack([pages.sink[pages.ring_heads], pages.window[pages.ring_heads]], 1)
+    heads = pages.ring_heads if pages.far is None else np.setdiff1d(pages.ring_heads, pages.far.heads)
+    kinds = np.stack([pages.sink[heads], pages.window[heads]], 1)
     for kind in np.unique(kinds, axis=0):
-        yield pages.ring_heads[(kinds == kind).all(1)]
+        yield heads[(kinds == kind).all(1)]
 
 
 def _prefill_full(
@@ -345,11 +351,13 @@ def masked(
     """
     grouped = q.unflatten(1, (pages.num_heads, q.shape[1] // pages.num_heads))
     parts = []
-    for heads in [*_same_window(pages), pages.full_heads]:
+    everything = pages.full_heads if pages.far is None else np.union1d(pages.full_heads, pages.far.heads)
+    for heads in [*_same_window(pages), everything]:
         if not len(heads):
             continue
         key, query = positions[:, None], positions[:, :, None]
-        seen = (key < pages.sink[heads[0]]) | (key > query - pages.window[heads[0]].astype(np.int64))
+        window = KEEP_ALL if heads is everything else int(pages.window[heads[0]])
+        seen = (key < pages.sink[heads[0]]) | (key > query - window)
         if spec.model_window:
             seen &= key > query - spec.model_window
         mine = _pick(grouped, heads, pages.num_heads)

@@ -24,6 +24,8 @@ from ..heads import HeadProfile
 from ..heads.codec import from_document, to_document
 from ..layer import RedKnotLayer
 from ..paging.pages import LayerPages
+from ..paging.pool import PagePool
+from ..paging.tiers import NEAR_TOKENS, TieredPages
 from .container import NAMES, Contents, DamagedFile, Source, read_container, write_container
 from .plain import capture_plain, restore_plain
 from .rows import MAX_TOKENS, PageState, read_rows, write_rows
@@ -78,8 +80,10 @@ def save_session(
                     "there is no whole session to save. Call cache.reset() and feed the prompt again"
                 )
             batch = layer.batch_size
-            parts = _capture(f"layers.{index}", layer.pages)
-            sources += parts
+            sources += _capture(f"layers.{index}", layer.pages)
+            archive = getattr(layer.pages, "archive", None)
+            if archive is not None:
+                sources += _capture(f"layers.{index}.cold", archive)
             layers.append(_describe_layer(layer))
         else:
             description, tensors = capture_plain(index, layer)
@@ -100,6 +104,9 @@ def save_session(
             "rollback": cache.rollback,
             "tp_rank": cache.tp_rank,
             "tp_size": cache.tp_size,
+            "cold": cache.cold,
+            "retrieve": None if cache.tier is None else cache.tier.pick,
+            "near_tokens": NEAR_TOKENS if cache.tier is None else cache.tier.near,
         },
         "recording": bool(cache.recording),
         "seen": cache.seen,
@@ -206,6 +213,9 @@ def load_session(
         raise type(error)(f"{os.fspath(path)}: {error}") from error
 
 
+_Part = tuple[LayerPages, PageState, torch.Tensor, torch.Tensor]
+
+
 class _Loader:
     """One load: checks what the file says, part by part, and builds the cache."""
 
@@ -222,7 +232,6 @@ class _Loader:
         self.cls, self.config, self.model, self.path = cls, config, model, path
         self.said, self.tensors = contents.description, dict(contents.tensors)
         self.max_bytes = max_bytes
-        self._rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.real = np.zeros(0, np.int64)  # real tokens of each row
         self.device = None if device is None else torch.device(device)
 
@@ -237,7 +246,7 @@ class _Loader:
         if len(layers) != len(cache.layers):
             raise CacheError(f"the session has {len(layers)} layers, the model has {len(cache.layers)}")
         self._restore_padding(cache, batch)
-        wanted: list[tuple[RedKnotLayer, LayerPages, PageState, str]] = []
+        wanted: list[tuple[RedKnotLayer, LayerPages, list[_Part]]] = []
         for index, (layer, said) in enumerate(zip(cache.layers, layers, strict=True)):
             if not isinstance(said, dict):
                 raise CacheError(f"layer {index} is described by {shorten(said)}")
@@ -254,7 +263,7 @@ class _Loader:
                 )
         if self.tensors:
             raise CacheError(f"unknown tensors {shorten(sorted(self.tensors))}")
-        self._fill(cache, wanted)
+        self._fill(wanted)
         return cache
 
     # ------------------------------------------------------------------------------------------------ the whole
@@ -280,11 +289,12 @@ class _Loader:
 
     def _empty_cache(self) -> RedKnotCache:
         options = _typed(self.said, "options", dict)
-        known = {"prefill", "page_size", "rollback", "tp_rank", "tp_size"}
+        known = {"prefill", "page_size", "rollback", "tp_rank", "tp_size", "cold", "retrieve", "near_tokens"}
         if set(options) != known:
             raise CacheError(f"unknown or missing options {shorten(sorted(set(options) ^ known))}")
-        for name in known - {"prefill"}:
+        for name in known - {"prefill", "cold", "retrieve"}:
             _integer(options, name, 0, 1 << 30)
+        _typed(options, "cold", str)
         document = self.said.get("profile")
         profile = None if document is None else from_document(document, "the profile in the session")
         if self.model is not None:
@@ -332,7 +342,7 @@ class _Loader:
     # ----------------------------------------------------------------------------------------------- one layer
     def _prepare(
         self, cache: RedKnotCache, index: int, layer: RedKnotLayer, said: dict[str, Any], batch: int
-    ) -> tuple[RedKnotLayer, LayerPages, PageState, str] | None:
+    ) -> tuple[RedKnotLayer, LayerPages, list[_Part]] | None:
         layer.rollback = _integer(said, "rollback", 0, 1 << 29)
         if said.get("kind") == "empty":
             return None
@@ -356,9 +366,17 @@ class _Loader:
         layer.key_dim, layer.value_dim, layer.dtype = key_dim, value_dim, dtype
         layer.device, layer.is_initialized, layer.seen = self._device(said, index), True, cache.seen
 
-        prefix = f"layers.{index}"
-        pool = cache.pool(layer.device, dtype, key_dim, value_dim)
-        pages = LayerPages(pool, layer.sink, layer.window, batch, layer.rollback, contiguous=layer.device.type == "cpu")
+        pages = cache.new_pages(layer)
+        parts = [self._part(f"layers.{index}", index, pages)]
+        archive = getattr(pages, "archive", None)
+        if archive is not None:
+            parts.append(self._part(f"layers.{index}.cold", index, archive))
+        return layer, pages, parts
+
+    def _part(self, prefix: str, index: int, pages: LayerPages) -> _Part:
+        """One page table and its rows, checked."""
+        pool, batch, heads = pages.pool, pages.batch_size, pages.num_heads
+        dtype, key_dim, value_dim = pool.k.dtype, pool.k.shape[2], pool.v.shape[2]
         for name, here in (("sink", pages.sink), ("window", pages.window)):
             there = self._array(f"{prefix}.{name}", torch.int32, (heads,))
             if (there != here).any():
@@ -379,22 +397,25 @@ class _Loader:
                 raise CacheError(
                     f"layer {index}: {half} is {_shape(rows)}, the page tables need {dtype} [{state.num_rows}, {dim}]"
                 )
-        self._rows[prefix] = (self.tensors.pop(f"{prefix}.k"), self.tensors.pop(f"{prefix}.v"))
-        return layer, pages, state, prefix
+        return pages, state, self.tensors.pop(f"{prefix}.k"), self.tensors.pop(f"{prefix}.v")
 
-    def _fill(self, cache: RedKnotCache, wanted: list[tuple[RedKnotLayer, LayerPages, PageState, str]]) -> None:
+    def _fill(self, wanted: list[tuple[RedKnotLayer, LayerPages, list[_Part]]]) -> None:
         """Take all pages at once, then copy; a pool without memory is noticed before the first copy."""
-        totals: dict[int, int] = {}
-        for _, pages, state, _ in wanted:
-            totals[id(pages.pool)] = totals.get(id(pages.pool), 0) + state.pages_wanted(pages)
-        for pool in cache._pools.values():
-            pool.reserve(totals.get(id(pool), 0))
-        for layer, pages, state, prefix in wanted:
-            rows = state.place(pages)
+        totals: dict[int, tuple[PagePool, int]] = {}
+        for _, _, parts in wanted:
+            for table, state, _, _ in parts:
+                pool, count = totals.get(id(table.pool), (table.pool, 0))
+                totals[id(pool)] = (pool, count + state.pages_wanted(table))
+        for pool, count in totals.values():
+            pool.reserve(count)
+        for layer, pages, parts in wanted:
+            for table, state, keys, values in parts:
+                rows = state.place(table)
+                write_rows(table.pool.k, rows, keys)
+                write_rows(table.pool.v, rows, values)
+            if isinstance(pages, TieredPages) and pages.far is not None:
+                pages.far.bounds.update(pages.archive, np.zeros(pages.batch_size, np.int64))
             install(layer, pages)
-            keys, values = self._rows.pop(prefix)
-            write_rows(pages.pool.k, rows, keys)
-            write_rows(pages.pool.v, rows, values)
 
     # ------------------------------------------------------------------------------------------------- tensors
     def _array(self, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> np.ndarray:

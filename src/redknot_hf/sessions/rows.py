@@ -145,7 +145,7 @@ class PageState:
             pages.pool.release(placed)
             pages.shared = True
         else:
-            pages.prepare(self.lens)
+            LayerPages.prepare(pages, self.lens)  # not the archive behind it
             width = min(self.table.shape[2], pages.table.shape[2])
             placed[self.table[:, :, :width]] = pages.table[:, :, :width]
         pages.lens, pages.oldest = self.lens.copy(), self.oldest.copy()

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .. import kernel_path
 from ..errors import CacheError, PoolExhausted
 from ..layer import RedKnotLayer
 from ..paging.pages import LayerPages
+from ..paging.tiers import rehoused
 from .rows import PageState, read_rows, write_rows
 
 if TYPE_CHECKING:
@@ -83,6 +83,11 @@ class SleepingPages:
         return self.keys.nbytes + self.values.nbytes
 
     @property
+    def archive(self) -> LayerPages | None:
+        """The cold page table behind it, if it has one."""
+        return getattr(self.geometry, "archive", None)
+
+    @property
     def batch_size(self) -> int:
         return len(self.state.lens)
 
@@ -128,6 +133,8 @@ class SleepingPages:
             self.group.remove(self)
             self.group = [self]
             self.let_go()
+            if self.archive is not None:
+                self.archive.free()
 
     def let_go(self) -> None:
         """Drop the host memory, keeping the widths."""
@@ -141,8 +148,7 @@ class SleepingPages:
 
 def install(layer: RedKnotLayer, pages: LayerPages) -> None:
     """Make ``pages`` the storage of ``layer``, with the kernels where they serve it."""
-    missing = kernel_path.unavailable(layer.device, layer.dtype, layer.key_dim, layer.value_dim, layer.cache.page_size)
-    layer.pages, layer.kernel = pages, None if missing else kernel_path.KernelLayer(pages)
+    layer.pages, layer.kernel = pages, layer.kernel_for(pages)
 
 
 def sleeps(layer: Any) -> bool:
@@ -174,7 +180,7 @@ def offload_cache(cache: RedKnotCache, chosen: Iterable[Any]) -> int:
     lock = threading.RLock()
     for layer, sleeper in zip(layers, sleepers, strict=True):
         sleeper.group, sleeper.lock = sleepers, lock
-        layer.pages.free()  # type: ignore[union-attr]
+        LayerPages.free(layer.pages)  # type: ignore[arg-type]  # an archive behind it is on the host already
         layer.pages, layer.kernel = sleeper, None  # type: ignore[assignment]
     for other in chosen:
         if not isinstance(other, RedKnotLayer):
@@ -244,7 +250,7 @@ def _wake(sleepers: list[SleepingPages]) -> None:
     for sleeper in sleepers:
         layer, old = sleeper.layer, sleeper.geometry
         pool = layer.cache.pool(layer.device, layer.dtype, layer.key_dim, layer.value_dim)
-        pages = LayerPages(pool, old.sink, old.window, sleeper.batch_size, old.rollback, old.contiguous)
+        pages = rehoused(old, pool)
         fresh.append(pages)
         wanted[id(pool)] = (pool, wanted.get(id(pool), (pool, 0))[1] + sleeper.state.pages_wanted(pages))
     try:
@@ -253,7 +259,7 @@ def _wake(sleepers: list[SleepingPages]) -> None:
         rows = [sleeper.state.place(pages) for sleeper, pages in zip(sleepers, fresh, strict=True)]
     except PoolExhausted:
         for pages in fresh:
-            pages.free()
+            LayerPages.free(pages)
         raise
     for sleeper, pages, where in zip(sleepers, fresh, rows, strict=True):
         with copy_stream(sleeper.layer.device):

@@ -1,0 +1,97 @@
+"""Which far pages a query could care about: the smallest and largest key of every page, channel by channel.
+
+For a query q, no key of a page with channel bounds [low, high] can score more than  sum_d max(q_d low_d, q_d high_d)
+(Quest, arXiv 2406.10774, section 3.2). Pages are picked by that bound alone, so keys of pages that lose are never
+read. Picking is approximate unless every page is picked.
+
+The bounds lie on the compute device and are indexed by the page's number in its pool: rows and forks that share a page
+share its bounds. This module does not know where the pages are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .pages import LayerPages
+
+__all__ = ["PageBounds", "pick_pages", "upper_bounds"]
+
+
+class PageBounds:
+    """Channel bounds of the pages of one pool.
+
+    Args:
+        device: where queries are.
+
+    Attributes:
+        low, high: ``[num_pages, key_dim]`` in the dtype of the keys: bounds are exact.
+    """
+
+    def __init__(self, key_dim: int, dtype: torch.dtype, device: torch.device):
+        self.low = torch.zeros(0, key_dim, dtype=dtype, device=device)
+        self.high = torch.zeros(0, key_dim, dtype=dtype, device=device)
+
+    def update(self, pages: LayerPages, before: np.ndarray) -> None:
+        """Take in what was written to ``pages`` since lengths ``before`` (int64 ``[batch]``); call after `advance`."""
+        pool, size = pages.pool, pages.pool.page_size
+        if len(self.low) < pool.num_pages:
+            grown = torch.zeros(pool.num_pages - len(self.low), self.low.shape[1], dtype=self.low.dtype)
+            self.low, self.high = (torch.cat([half, grown.to(half.device)]) for half in (self.low, self.high))
+        column = np.arange(pages.table.shape[2])
+        first, last = before // size, -(-pages.lens // size)
+        touched = (column >= first[:, None]) & (column < last[:, None])
+        touched = np.broadcast_to(touched[:, None], pages.table.shape)
+        if not touched.any():
+            return
+        held = pages.table[touched].astype(np.int64)
+        filled = np.minimum(pages.lens[:, None] - column * size, size)
+        filled = np.broadcast_to(filled[:, None], pages.table.shape)[touched]
+        keys = pool.k.index_select(0, torch.from_numpy(held).to(pool.k.device))
+        behind = torch.from_numpy(np.arange(size) >= filled[:, None]).to(keys.device)[..., None]
+        # a slot behind the end repeats the first key of its page, which is always there
+        keys = torch.where(behind, keys[:, :1], keys)
+        where = torch.from_numpy(held).to(self.low.device)
+        self.low.index_copy_(0, where, keys.amin(1).to(self.low.device))
+        self.high.index_copy_(0, where, keys.amax(1).to(self.high.device))
+
+
+def upper_bounds(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """The most that any key within the bounds can score, before scaling.
+
+    Args:
+        q: ``[..., group, dim]``; low, high: ``[..., pages, dim]``.
+
+    Returns:
+        fp32 ``[..., group, pages]``.
+    """
+    q = q.float()
+    # max(q low, q high) = q+ high + q- low: two small matrix products
+    return q.clamp(min=0) @ high.float().transpose(-1, -2) + q.clamp(max=0) @ low.float().transpose(-1, -2)
+
+
+def pick_pages(bounds: torch.Tensor, scale: float, how_many: int | float | None) -> torch.Tensor:
+    """Choose pages for the query heads of one KV head.
+
+    Args:
+        bounds: fp32 ``[heads, group, pages]`` from `upper_bounds`.
+        scale: factor of the scores.
+        how_many: None: all pages. An int: that many pages with the highest bound of any query head of the group. A
+            float in (0, 1]: the fewest pages that hold this share of the softmax over the bounds (mean of the group).
+
+    Returns:
+        bool ``[heads, pages]``.
+    """
+    heads, _, pages = bounds.shape
+    if how_many is None or (isinstance(how_many, int) and how_many >= pages):
+        return torch.ones(heads, pages, dtype=torch.bool, device=bounds.device)
+    if isinstance(how_many, int):
+        chosen = torch.zeros(heads, pages, dtype=torch.bool, device=bounds.device)
+        best = bounds.amax(1).topk(how_many, dim=1).indices
+        return chosen.scatter_(1, best, True)
+    if how_many >= 1.0:
+        return torch.ones(heads, pages, dtype=torch.bool, device=bounds.device)
+    share = torch.softmax(bounds * scale, -1).mean(1)
+    ordered, index = share.sort(1, descending=True)
+    needed = ordered.cumsum(1) - ordered < how_many  # the share before a page is not yet enough
+    return torch.zeros_like(needed).scatter_(1, index, needed)

@@ -1,0 +1,496 @@
+"""Page tables with a cold tier: what leaves the compute device is kept on the host or in files, not lost.
+
+A `TieredPages` is a `LayerPages` whose local and retrieval heads also write every token to an archive: a second page
+table, on host memory (page-locked next to a GPU) or on a mapped file, in which these heads keep everything. So
+
+- a local head can be given a longer window later (`regrown`), or be cropped further than its ring reaches;
+- a retrieval head keeps only its recent tokens on the device and reads far pages from the archive, all of them
+  (exactly a global head) or those that `bounds` picks.
+
+Both tables share pages between rows and forks in the same way, so forks, beams and crops need nothing special.
+Copies to the archive are made when tokens are stored; on CUDA they run on a stream of their own. The CUDA side
+of this file has not been run yet: the CPU runs the same code without streams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import CacheError, PoolExhausted
+from . import torch_attention
+from .bounds import PageBounds, pick_pages, upper_bounds
+from .pages import KEEP_ALL, LayerPages
+from .pool import PagePool
+
+__all__ = ["ColdTier", "FarHeads", "FilePool", "HostPool", "TieredPages", "lost_tokens", "regrown", "rehoused"]
+
+NEAR_TOKENS = 256  # recent tokens that retrieval heads keep on the device
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+class HostPool(PagePool):
+    """Pages in host memory, page-locked so that a GPU can copy from and to them without waiting."""
+
+    def __init__(self, *args: Any, pinned: bool = False, **options: Any):
+        self.pinned = pinned
+        super().__init__(*args, **options)
+
+    def _slab(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.zeros(rows, self.page_size, dim, dtype=dtype, pin_memory=self.pinned)
+
+
+class FilePool(PagePool):
+    """Pages in files that are mapped into memory; the system decides which of them are in memory now.
+
+    The files have no names: they vanish with the pool, and with the process however it ends. Their space is taken when
+    the pool grows, so a full disk is an error then and never a crash at some later access.
+    """
+
+    def __init__(self, *args: Any, folder: str | os.PathLike[str] | None = None, **options: Any):
+        self.folder = folder
+        super().__init__(*args, **options)
+
+    def _slab(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        count = rows * self.page_size * dim
+        handle, name = tempfile.mkstemp(prefix="redknot-pages-", dir=self.folder)
+        try:
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(handle, 0, count * dtype.itemsize)
+                else:  # pragma: no cover
+                    os.truncate(handle, count * dtype.itemsize)
+            except OSError as error:
+                raise PoolExhausted(
+                    f"no room for {count * dtype.itemsize:,} bytes of cold pages in {os.path.dirname(name)}: "
+                    f"{error.strerror}. Free some space, choose another folder (TMPDIR), or use cold='cpu'"
+                ) from error
+            # zeros: a fresh file reads as such
+            return torch.from_file(name, shared=True, size=count, dtype=dtype).view(rows, self.page_size, dim)
+        finally:
+            os.close(handle)
+            Path(name).unlink()
+
+
+@contextlib.contextmanager
+def _side_stream(device: torch.device, wait_after: bool) -> Iterator[None]:
+    """Run copies between ``device`` and the host beside the computation. Nothing on the CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _streams.setdefault(device, torch.cuda.Stream(device))
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    if wait_after:
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+
+class FarHeads:
+    """The retrieval heads of one layer.
+
+    Args:
+        pages: the layer's page table.
+        heads: int64, which KV heads these are.
+        bounds: of the pages of the archive's pool.
+        pick: None, an int or a float: see `bounds.pick_pages`.
+    """
+
+    def __init__(self, pages: TieredPages, heads: np.ndarray, bounds: PageBounds, pick: int | float | None):
+        self.pages, self.heads, self.bounds, self.pick = pages, heads, bounds, pick
+        self.fetched = 0  # pages read from the archive so far
+
+    def rows_of_archive(self) -> np.ndarray:
+        return np.searchsorted(self.pages.archived, self.heads)
+
+    def decode(self, q: torch.Tensor, spec: torch_attention.AttentionSpec) -> torch.Tensor:
+        """One query per row, ``q [batch, heads, group, dim]`` -> the same shape with value channels."""
+        return torch.cat([self._decode_row(row, q[row : row + 1], spec) for row in range(len(q))])
+
+    def _decode_row(self, row: int, q: torch.Tensor, spec: torch_attention.AttentionSpec) -> torch.Tensor:
+        pages, heads = self.pages, self.heads
+        size, length = pages.pool.page_size, int(pages.lens[row])
+        oldest = int(pages.oldest[row, heads].max())
+        far = -(-oldest // size)  # pages below this one come from the archive
+        near = np.arange(far * size, length)[None]
+        near_k, near_v = pages.one_row(row).gather(near, heads)
+        if not far:
+            return torch_attention._attend(q, near_k, near_v, None, spec, heads, q.shape[2])
+        table = pages.archive.table[row, self.rows_of_archive(), :far].astype(np.int64)
+        chosen = self._choose(q[0], table, spec.scale)
+        outs = []
+        counts = chosen.sum(1)
+        for count in np.unique(counts):  # heads that read equally many pages go together
+            group = np.flatnonzero(counts == count)
+            picked = table[group][chosen[group]].reshape(len(group), int(count))
+            k, v = self._fetch(picked, near_k.device)
+            k, v = torch.cat([k, near_k[:, group]], 2), torch.cat([v, near_v[:, group]], 2)
+            outs.append((group, torch_attention._attend(q[:, group], k, v, None, spec, heads[group], q.shape[2])))
+        return torch_attention._join(outs, len(heads))
+
+    def _choose(self, q: torch.Tensor, table: np.ndarray, scale: float) -> np.ndarray:
+        """bool ``[heads, far pages]``; the first page is always read: it holds the attention sinks."""
+        if self.pick is None:
+            return np.ones(table.shape, bool)
+        index = torch.from_numpy(table).to(self.bounds.low.device)
+        bounds = upper_bounds(q.to(index.device), self.bounds.low[index], self.bounds.high[index])
+        chosen = pick_pages(bounds, scale, self.pick).cpu().numpy()
+        chosen[:, 0] = True
+        return chosen
+
+    def _fetch(self, picked: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages ``[heads, count]`` of the archive -> two ``[1, heads, count * page_size, dim]`` on ``device``."""
+        pool = self.pages.archive.pool
+        index = torch.from_numpy(picked.ravel())
+        self.fetched += len(index)
+        halves = []
+        with _side_stream(device, wait_after=True):
+            for slab in (pool.k, pool.v):
+                found = slab.index_select(0, index)
+                if device.type == "cuda":
+                    found = found.pin_memory().to(device, non_blocking=True)
+                halves.append(found.view(1, len(picked), -1, slab.shape[2]))
+        return halves[0], halves[1]
+
+    def prefill(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, new: np.ndarray, spec: torch_attention.AttentionSpec
+    ) -> torch.Tensor:
+        """A chunk over the whole past and itself, like a global head. ``q [batch, heads, group, n, dim]``."""
+        index = torch.from_numpy(self.heads).to(k.device)
+        k, v = k.index_select(1, index), v.index_select(1, index)
+        past = _Past(self.pages, self.rows_of_archive(), k.device)
+        everyone = np.arange(len(self.heads))
+        return torch_attention._prefill_full(past, q, k, v, self.pages.lens, new, spec, everyone, False)  # type: ignore[arg-type]
+
+
+class _Past:
+    """The archive's pages of some heads as `torch_attention` reads pages, on the device of the queries."""
+
+    def __init__(self, pages: TieredPages, heads: np.ndarray, device: torch.device):
+        archive = pages.archive
+        self.table = archive.table[:, heads]
+        self.batch_size, self.num_heads = archive.batch_size, len(heads)
+        self.pool: Any = archive.pool
+        if device.type != "cpu" and (self.table > 0).any():
+            held = np.unique(self.table[self.table > 0])
+            self.pool = _Slabs(archive.pool, held.astype(np.int64), device)
+            self.table = np.where(self.table > 0, np.searchsorted(held, self.table), 0)
+
+
+class _Slabs:
+    def __init__(self, pool: PagePool, held: np.ndarray, device: torch.device):
+        self.page_size, index = pool.page_size, torch.from_numpy(held)
+        with _side_stream(device, wait_after=True):
+            self.k = pool.k.index_select(0, index).pin_memory().to(device, non_blocking=True)
+            self.v = pool.v.index_select(0, index).pin_memory().to(device, non_blocking=True)
+
+
+class TieredPages(LayerPages):
+    """The page tables of one layer and the archive behind them.
+
+    Args:
+        pool: of the compute device; cold_pool: of the archive.
+        sink, window: int ``[kv_heads]``; ``KEEP_ALL`` for heads that keep everything on the device.
+        retrieval: int64, heads that keep everything, but far pages in the archive alone.
+        near: recent tokens that retrieval heads keep on the device, at least a page.
+        bounds: of the cold pool's pages; needed with retrieval heads.
+        pick: how retrieval heads choose far pages: `bounds.pick_pages`.
+
+    Attributes:
+        archived: int64, the local and the retrieval heads, in order: the heads of ``archive``.
+        archive: their page table on the cold pool.
+        far: the retrieval heads, or None.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        cold_pool: PagePool,
+        sink: np.ndarray,
+        window: np.ndarray,
+        batch_size: int,
+        rollback: int,
+        retrieval: np.ndarray,
+        near: int = NEAR_TOKENS,
+        bounds: PageBounds | None = None,
+        pick: int | float | None = None,
+        contiguous: bool = True,
+    ):
+        sink, window = np.array(sink, np.int64), np.array(window, np.int64)
+        sink[retrieval], window[retrieval] = 0, max(near, pool.page_size)  # the last page is always here
+        super().__init__(pool, sink, window, batch_size, rollback, contiguous)
+        self.archived = self.ring_heads
+        keeps = np.full(len(self.archived), KEEP_ALL)
+        self.archive = LayerPages(cold_pool, np.zeros(len(keeps), np.int64), keeps, batch_size, contiguous=False)
+        if len(retrieval):
+            assert bounds is not None
+            self.far = FarHeads(self, retrieval, bounds, pick)
+        self.local_heads = np.setdiff1d(self.ring_heads, retrieval)
+
+    def prepare(self, new: np.ndarray) -> None:
+        super().prepare(new)
+        self.archive.prepare(new)
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, new: np.ndarray) -> None:
+        super().write(k, v, new)
+        index = torch.from_numpy(self.archived).to(k.device)
+        with _side_stream(k.device, wait_after=False):
+            cold_k, cold_v = (half.index_select(1, index).to("cpu") for half in (k, v))
+        self.archive.write(cold_k, cold_v, new)
+
+    def advance(self, new: np.ndarray) -> None:
+        before = self.archive.lens
+        super().advance(new)
+        self.archive.advance(new)
+        if self.far is not None:
+            self.far.bounds.update(self.archive, before)
+
+    # ------------------------------------------------------------------------------------- rows of the batch, forks
+    def one_row(self, row: int) -> LayerPages:
+        """A view of one row, for reading."""
+        view = object.__new__(LayerPages)
+        view.__dict__.update(self.__dict__)
+        view.table, view.lens, view.oldest = (
+            self.table[row : row + 1],
+            self.lens[row : row + 1],
+            self.oldest[row : row + 1],
+        )
+        return view
+
+    def select(self, indices: np.ndarray) -> None:
+        super().select(indices)
+        self.archive.select(indices)
+
+    def fork(self) -> TieredPages:
+        twin = super().fork()
+        assert isinstance(twin, TieredPages)
+        twin.archive = self.archive.fork()
+        if self.far is not None:
+            twin.far = FarHeads(twin, self.far.heads, self.far.bounds, self.far.pick)
+        return twin
+
+    def free(self) -> None:
+        super().free()
+        self.archive.free()
+
+    # ------------------------------------------------------------------------------------------------- crop
+    def check_crop(self, removed: np.ndarray) -> None:
+        """Every token is in the archive, so only the length limits what can be taken back."""
+        if (removed > self.lens).any():
+            raise CacheError(f"cannot crop {int(removed.max())} tokens: only {int(self.lens.min())} are stored")
+
+    def crop(self, removed: np.ndarray) -> None:
+        """Take back the last ``removed`` tokens of each row; rings are filled up again from the archive."""
+        super().crop(removed)
+        self.archive.crop(removed)
+        self._refill()
+
+    def _own(self, heads: np.ndarray, positions: np.ndarray, keep: np.ndarray) -> None:
+        """Copy on write for the pages of these slots."""
+        if not self.shared:
+            return
+        page = self.slots(positions, heads) // self.pool.page_size
+        touched = np.zeros(self.table.shape, bool)
+        batch, head, column = np.nonzero(keep)
+        touched[batch, heads[head], page[batch, head, column]] = True
+        with self.pool.lock:
+            copied = touched & (self.table > 0) & (self.pool.refs[self.table] > 1)
+            if copied.any():
+                fresh = self.pool.alloc(int(copied.sum()))
+                self.pool.copy(self.table[copied], fresh)
+                self.pool.release(self.table[copied])
+                self.table[copied] = fresh
+
+    def _refill(self) -> None:
+        heads = self.ring_heads
+        if not len(heads):
+            return
+        low = np.maximum(self.sink.astype(np.int64), self.lens[:, None] - self.ring)
+        missing = np.minimum(self.oldest, self.lens[:, None]) - low
+        most = int(missing[:, heads].max(initial=0))
+        if most > 0:
+            positions = np.broadcast_to(np.arange(int(self.lens.max())), (self.batch_size, int(self.lens.max())))
+            # usually a few tokens behind a ring; a whole ring when the crop went further back than that
+            lowest = int(low[:, heads].min())
+            positions = positions[:, lowest:]
+            keep = (positions[:, None] >= low[:, heads, None]) & (positions[:, None] < self.lens[:, None, None])
+            keep &= positions[:, None] < np.maximum(self.oldest, low)[:, heads, None]
+            self._own(heads, positions, keep)
+            fill_slots(self, heads, positions, keep, self.archive, np.arange(len(heads)))
+        self.oldest = self.oldest.copy()  # a fork may have the same array
+        self.oldest[:, heads] = low[:, heads]
+        self._changed()
+
+
+def rehoused(old: LayerPages, pool: PagePool) -> LayerPages:
+    """An empty table of the geometry of ``old`` on another pool, in front of the same archive."""
+    fresh = object.__new__(type(old))
+    fresh.__dict__.update(old.__dict__)
+    fresh.pool, fresh.shared = pool, False
+    fresh.table = np.zeros((old.batch_size, old.num_heads, 1), np.int32)
+    fresh.lens = np.zeros_like(old.lens)
+    fresh.oldest = np.broadcast_to(old.sink.astype(np.int64), old.oldest.shape).copy()
+    fresh._changed()
+    if isinstance(fresh, TieredPages) and fresh.far is not None:
+        fresh.far = FarHeads(fresh, fresh.far.heads, fresh.far.bounds, fresh.far.pick)
+    return fresh
+
+
+def fill_slots(
+    target: LayerPages,
+    heads: np.ndarray,
+    positions: np.ndarray,
+    keep: np.ndarray,
+    source: LayerPages,
+    source_heads: np.ndarray,
+) -> None:
+    """Copy tokens between tables: ``positions [batch, n]`` of ``source_heads`` into ``heads``, where ``keep``
+    (bool ``[batch, heads, n]``)."""
+    if not keep.any():
+        return
+    rows = source.rows(positions, source_heads)[keep]
+    index = torch.from_numpy(rows).to(source.pool.k.device)
+    into = torch.from_numpy(target.rows(positions, heads)[keep]).to(target.pool.k.device)
+    with target.pool.lock:
+        for slab, from_slab in ((target.pool.k, source.pool.k), (target.pool.v, source.pool.v)):
+            found = from_slab.view(-1, from_slab.shape[2]).index_select(0, index)
+            slab.view(-1, slab.shape[2]).index_copy_(0, into, found.to(slab.device))
+
+
+def lost_tokens(pages: LayerPages) -> np.ndarray:
+    """Tokens of each head that are kept nowhere, int64 ``[batch, kv_heads]``."""
+    lost = np.maximum(pages.oldest - pages.sink, 0)
+    if isinstance(pages, TieredPages):
+        lost[:, pages.archived] = 0
+    return lost
+
+
+def regrown(old: LayerPages, fresh: LayerPages, name: str) -> LayerPages:
+    """Fill the empty table ``fresh``, of another geometry, with the tokens of ``old``; ``old`` keeps its pages.
+
+    Args:
+        name: of the layer, for errors.
+
+    Raises:
+        CacheError: a head would have to show tokens that are kept nowhere. Nothing has been taken from the pools then.
+    """
+    lens, heads = old.lens, np.arange(old.num_heads)
+    length = int(lens.max(initial=0))
+    positions = np.broadcast_to(np.arange(length), (len(lens), length))
+    at = positions[:, None]
+
+    def holds(pages: LayerPages) -> np.ndarray:
+        return (at < pages.sink[:, None]) | (at >= pages.oldest[:, :, None])
+
+    there = holds(old)
+    if isinstance(old, TieredPages):
+        there[:, old.archived] = True
+    real = at < lens[:, None, None]
+    needs = (at < fresh.sink[:, None]) | (at > lens[:, None, None] - fresh.window[:, None].astype(np.int64))
+    missing = needs & real & ~there
+    if missing.any():
+        row, head, position = (int(x) for x in np.argwhere(missing)[0])
+        raise CacheError(
+            f"{name}: head {head} would have to show token {position} of row {row}, which it has dropped "
+            f"({int(missing[row, head].sum())} tokens are missing). Build the cache with cold='cpu' or 'disk' to be "
+            "able to give heads longer windows later, or call cache.reset() and feed the prompt again"
+        )
+    archived = fresh.archived if isinstance(fresh, TieredPages) else np.zeros(0, np.int64)
+    if not (there | ~real)[:, archived].all():
+        raise CacheError(
+            f"{name}: tokens were dropped before there was a cold tier, so its archive would have gaps. Call "
+            "cache.reset() and feed the prompt again"
+        )
+    fresh.prepare(lens)
+    if isinstance(fresh, TieredPages):
+        everyone = np.arange(len(fresh.archived))
+        _copy_from(old, fresh.archive, everyone, fresh.archived, positions, real[:, :1] & there[:, fresh.archived])
+    fresh.advance(lens)
+    # a ring may reach further back than what is there: then it starts behind the last gap
+    gap = np.where(real & ~there & (at >= fresh.sink[:, None]), at + 1, 0).max(2, initial=0)
+    fresh.oldest = np.maximum(fresh.oldest, gap)
+    _copy_from(old, fresh, heads, heads, positions, real & there & holds(fresh))
+    fresh._changed()
+    return fresh
+
+
+def _copy_from(
+    old: LayerPages,
+    target: LayerPages,
+    target_heads: np.ndarray,
+    heads: np.ndarray,
+    positions: np.ndarray,
+    keep: np.ndarray,
+) -> None:
+    """From the device where a head holds the token there, else from the archive."""
+    at = positions[:, None]
+    on_device = (at < old.sink[heads][:, None]) | (at >= old.oldest[:, heads, None])
+    fill_slots(target, target_heads, positions, keep & on_device, old, heads)
+    if isinstance(old, TieredPages):
+        inside = np.isin(heads, old.archived)
+        if inside.any():
+            rest = (keep & ~on_device)[:, inside]
+            rows = np.searchsorted(old.archived, heads[inside])
+            fill_slots(target, target_heads[inside], positions, rest, old.archive, rows)
+
+
+class ColdTier:
+    """The cold pools of one cache, and how its retrieval heads use them.
+
+    Args:
+        kind: ``"cpu"`` or ``"disk"``.
+        pick: how retrieval heads choose far pages: None for all (exact), an int or a float in (0, 1] (`pick_pages`).
+        near: recent tokens that retrieval heads keep on the device.
+
+    Raises:
+        CacheError: an argument is out of range.
+    """
+
+    def __init__(self, kind: str, pick: int | float | None = None, near: int = NEAR_TOKENS):
+        if kind not in ("cpu", "disk"):
+            raise CacheError(f"cold={kind!r}: expected 'drop', 'cpu' or 'disk'")
+        good = pick is None or (type(pick) is int and pick >= 0) or (type(pick) is float and 0.0 < pick <= 1.0)
+        if not good:
+            raise CacheError(
+                f"retrieve={pick!r}: expected None (all far pages, exact), a number of pages, or a share of the "
+                "attention above 0 and up to 1.0"
+            )
+        if type(near) is not int or near < 1:
+            raise CacheError(f"near_tokens={near!r}: expected a number of tokens, 1 or more")
+        self.kind, self.pick, self.near = kind, pick, near
+        self._pools: dict[int, tuple[PagePool, PagePool, PageBounds]] = {}
+
+    def pages(
+        self,
+        pool: PagePool,
+        sink: np.ndarray,
+        window: np.ndarray,
+        batch_size: int,
+        rollback: int,
+        retrieval: np.ndarray,
+        contiguous: bool,
+    ) -> LayerPages:
+        """Empty tables for a layer whose hot pages come from ``pool``; plain ones if none of its heads ever evicts."""
+        if not len(retrieval) and (np.asarray(window) >= KEEP_ALL).all():
+            return LayerPages(pool, sink, window, batch_size, rollback, contiguous)
+        cold, bounds = self._pool_behind(pool)
+        return TieredPages(
+            pool, cold, sink, window, batch_size, rollback, retrieval, self.near, bounds, self.pick, contiguous
+        )
+
+    def _pool_behind(self, pool: PagePool) -> tuple[PagePool, PageBounds]:
+        if id(pool) not in self._pools:
+            key_dim, value_dim, dtype, device = pool.k.shape[2], pool.v.shape[2], pool.k.dtype, pool.k.device
+            arguments = (pool.page_size, key_dim, value_dim, dtype, torch.device("cpu"))
+            cold = FilePool(*arguments) if self.kind == "disk" else HostPool(*arguments, pinned=device.type == "cuda")
+            # the hot pool is kept with them: its id stays its own
+            self._pools[id(pool)] = (pool, cold, PageBounds(key_dim, dtype, device))
+        return self._pools[id(pool)][1:]
