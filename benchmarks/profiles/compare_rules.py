@@ -130,7 +130,7 @@ def main() -> None:
         "--gate-steps", type=int, help="steps of the gate optimisation (default 64 on a CPU, 200 on a GPU)"
     )
     parser.add_argument("--batch-tokens", type=int, default=51_200, help="context tokens per batch on a GPU")
-    parser.add_argument("--max-seconds", type=float, default=420, help="start no new map after this time")
+    parser.add_argument("--max-seconds", type=float, default=360, help="start no new map after this time")
     parser.add_argument("--profile-budget", type=float, default=0.25)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -178,11 +178,14 @@ def calibrate(model: Any, tokenizer: Any, layout: Any, args: argparse.Namespace,
     if load.fresh_selection:
         fresh = build_prompts(tokenizer, source, "selection", load.needles, load.texts, context, load.rows, 0)
         groups = [*batches(fresh[0], load.batch), *batches(fresh[1], load.batch)]
-        judge = judge_on(model, [full_reference(model, collate(group, device)) for group in groups])
+        judge = judge_on(model, [full_reference(model, collate(group, device)) for group in groups], args.modes)
     few = [full_reference(model, collate(needles[: max(1, min(size, len(needles)))], device))]
     ablation = rules.ablate(model, layout, few, lambda cell: None)
     log("ablated", len(ablation), "heads on", len(few[0].batch), "needles")
-    profiles = {b: select_profile(model.config, layout, measured, budget=b, judge=judge) for b in args.budgets}
+    profiles = {
+        b: select_profile(model.config, layout, measured, budget=b, judge=judge, exchanges=load.exchanges)
+        for b in args.budgets
+    }
     for budget, profile in profiles.items():
         log(f"ours at {budget:.0%}:", json.dumps(profile.metadata["selection"]))
     return measured, ablation, profiles, load, steps

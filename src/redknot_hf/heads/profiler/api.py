@@ -61,7 +61,7 @@ def profile_heads(
         windows: sizes a local head may get, tokens, increasing.
         mean_window: average window of local heads, tokens: fixes the bytes, whatever windows are chosen.
         prefill: the mode of the cache that will be used: "windowed" applies windows during prefill, "full" evicts after
-            it. The validation is run in this mode; the scores do not depend on it.
+            it. The validation is run in this mode, on a GPU the choice as well; the scores do not depend on it.
         context: tokens per calibration context.
         seed: of prompts, prose and sketches; equal seeds give equal profiles on one machine.
         gate_steps: of Adam.
@@ -121,7 +121,7 @@ def profile_heads(
             )  # fmt: skip
             groups = [*batches(fresh[0], load.batch), *batches(fresh[1], load.batch)]
             prompts = [full_reference(model, collate(group, device)) for group in groups]
-        judge = judge_on(model, prompts)
+        judge = judge_on(model, prompts, (prefill,) if load.fresh_selection else ("full",))
         bar.set_description("validating")
         references: list[Prompts] = []
         for group in held_batches:
@@ -130,7 +130,14 @@ def profile_heads(
 
         def build(fraction: float) -> HeadProfile:
             return select_profile(
-                model.config, layout, measured, budget=fraction, method=method, mean_window=mean_window, judge=judge
+                model.config,
+                layout,
+                measured,
+                budget=fraction,
+                method=method,
+                mean_window=mean_window,
+                judge=judge,
+                exchanges=load.exchanges,
             )
 
         if bounds is None:

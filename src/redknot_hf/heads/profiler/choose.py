@@ -13,7 +13,7 @@ from ..model_shape import describe_config
 from ..profile import HeadProfile
 from .collect import Measured
 from .intercept import DecoderLayout
-from .selection import QuadraticModel, candidates, head_count
+from .selection import QuadraticModel, candidates, head_count, swaps
 from .validation import Prompts, measure, rounded, summarise
 from .visibility import HeadMap
 
@@ -34,6 +34,7 @@ def select_profile(
     method: str = "gates+error",
     mean_window: int = 256,
     judge: Callable[[HeadMap], dict[str, float]] | None = None,
+    exchanges: int = 0,
 ) -> HeadProfile:
     """Turn measurements into a profile at one budget.
 
@@ -45,6 +46,7 @@ def select_profile(
         method: one of `METHODS`.
         mean_window: tokens per local head on average.
         judge: measures what a map costs, as named numbers whose sum counts; None takes the first candidate unmeasured.
+        exchanges: swaps of a global and a local head to try on the best candidate; each is kept if it costs less.
     """
     windows = measured.scores.windows
     cells = [(l, h) for l in layout.layers for h in range(layout.num_kv_heads)]
@@ -72,13 +74,28 @@ def select_profile(
         return HeadProfile(layout.num_layers, layout.num_kv_heads, classes, measured.scores.sink, window)  # type: ignore[arg-type]
 
     best = next(iter(found))
+    chosen = found[best]
     costs: dict[str, dict[str, float]] = {}
-    if judge is not None and len(found) > 1 and 0 < count < len(cells):
+    if judge is not None and method != "gates" and 0 < count < len(cells):
         costs = {name: judge(HeadMap.from_profile(profile_of(choice))) for name, choice in found.items()}
         best = min(costs, key=lambda name: sum(costs[name].values()))
-    profile = profile_of(found[best])
+        chosen = found[best]
+        model = QuadraticModel.join([(text, 1.0), (needle, 1.0)])
+        tried: set[tuple[int, int]] = set()
+        lowest = costs[best]
+        for _ in range(exchanges):
+            proposal = swaps(chosen, model, tried)
+            if proposal is None:
+                break
+            tried.add(proposal[1])
+            cost = judge(HeadMap.from_profile(profile_of(proposal[0])))
+            if sum(cost.values()) < sum(lowest.values()):
+                chosen, lowest = proposal[0], cost
+        if chosen is not found[best]:
+            costs["after exchanges"] = lowest
+    profile = profile_of(chosen)
     predicted = {
-        kind: QuadraticModel.join([(rows, 1.0)]).predict(found[best]) for kind, rows in (("text", text), ("needle",
+        kind: QuadraticModel.join([(rows, 1.0)]).predict(chosen) for kind, rows in (("text", text), ("needle",
         needle)) if len(rows)
     }  # fmt: skip
     profile.metadata = {
@@ -94,12 +111,21 @@ def select_profile(
     return profile
 
 
-def judge_on(model: Any, prompts: Sequence[Prompts]) -> Callable[[HeadMap], dict[str, float]]:
-    """What a map costs on prompts, eviction before the question: KL on text plus KL at needle answers."""
+def judge_on(
+    model: Any, prompts: Sequence[Prompts], modes: Sequence[str] = ("full",)
+) -> Callable[[HeadMap], dict[str, float]]:
+    """What a map costs on prompts, as numbers to be added: KL on text, KL at needle answers, and a tenth of the share
+    of answer tokens that change (KL alone does not see how close an answer is to flipping); means over the modes."""
 
     def judge(visible: HeadMap) -> dict[str, float]:
-        summary = summarise([row for prompt in prompts for row in measure(model, prompt, visible, "full")])
-        return {f"{kind}_kl": summary[kind]["kl"] for kind in ("text", "needle") if kind in summary}
+        total: dict[str, float] = {}
+        for mode in modes:
+            summary = summarise([row for prompt in prompts for row in measure(model, prompt, visible, mode)], draws=0)
+            costs = {f"{kind}_kl": summary[kind]["kl"] for kind in ("text", "needle") if kind in summary}
+            if "needle" in summary:
+                costs["answers_changed"] = 0.1 * (1 - summary["needle"]["top1"])
+            total = {key: total.get(key, 0.0) + value / len(modes) for key, value in costs.items()}
+        return total
 
     return judge
 

@@ -34,7 +34,9 @@ class Workload:
         needles, texts: prompts of the scored pass and of the gates.
         held_needles, held_texts: prompts of the validation.
         rows: tokens of a text's suffix.
-        fresh_selection: choose between candidate maps on prompts of their own, not on those of the scored pass.
+        fresh_selection: choose between candidate maps on prompts of their own and in the deployed mode, not on those of
+            the scored pass with eviction after it (which needs no new prefill).
+        exchanges: swaps of heads that the choice tries.
         text_sketches, needle_sketches: random backward passes per batch.
         batch: prompts per forward pass.
     """
@@ -44,6 +46,7 @@ class Workload:
     held_needles: int
     held_texts: int
     fresh_selection: bool
+    exchanges: int
     rows: int
     text_sketches: int
     needle_sketches: int
@@ -60,9 +63,11 @@ def workload(device: torch.device, context: int, samples: int | None) -> Workloa
     """
     if device.type == "cpu":
         n = 5 if samples is None else samples
-        return Workload(n, max(1, n * 3 // 5), max(1, n * 4 // 5), max(1, n * 2 // 5), False, 64, 8, 4, 1)
+        return Workload(n, max(1, n * 3 // 5), max(1, n * 4 // 5), max(1, n * 2 // 5), False, 0, 64, 8, 4, 1)
     n = 40 if samples is None else samples
-    return Workload(n, max(1, n * 3 // 5), n, max(1, n * 3 // 5), True, 128, 16, 8, max(1, min(8, 16384 // context)))
+    return Workload(
+        n, max(1, n * 3 // 5), n, max(1, n * 3 // 5), True, 8, 128, 16, 8, max(1, min(16, 32768 // context))
+    )
 
 
 @dataclass

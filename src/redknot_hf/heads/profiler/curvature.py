@@ -77,7 +77,7 @@ def score_batch(
     step()
     if not sketches:
         return rows.reshape(0, *shape[2:])
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    generator = torch.Generator(device=logits.device).manual_seed(seed)
     layers = sorted(probes)
     target = batch.target
     picked = logits[target].float()  # [targets, vocabulary]
@@ -87,10 +87,9 @@ def score_batch(
         weight = target.sum(1).double().rsqrt().float()[:, None].expand(target.shape)[target][:, None]
     for s in range(sketches):
         with torch.no_grad():
-            # Rademacher signs made on the CPU: the same numbers on every device.
-            sign = torch.randint(0, 2, picked.shape, generator=generator, dtype=torch.int8).to(picked.device)
-            noise = root * (2 * sign - 1)
-            cotangent = weight * (noise - probability * (root * (2 * sign - 1)).sum(-1, keepdim=True))
+            sign = torch.randint(0, 2, picked.shape, generator=generator, dtype=torch.int8, device=picked.device)
+            noise = root * (2 * sign - 1)  # random signs: its covariance through the softmax is the Fisher matrix
+            cotangent = weight * (noise - probability * noise.sum(-1, keepdim=True))
         gradients = torch.autograd.grad(
             picked, [probes[layer] for layer in layers], cotangent, retain_graph=s + 1 < sketches
         )

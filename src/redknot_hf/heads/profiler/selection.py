@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["QuadraticModel", "candidates", "choose_windows", "head_count", "rank_heads"]
+__all__ = ["QuadraticModel", "candidates", "choose_windows", "head_count", "rank_heads", "swaps"]
 
 
 def head_count(budget: float, heads: int) -> int:
@@ -148,27 +148,40 @@ def choose_windows(
         left -= float(size[target] - size[choice[head]])
         choice[head] = target
 
+    limit = float(mean_window * len(local))
     for _ in range(sweeps * len(local)):
-        now = model.predict(choice)
-        shrunk = torch.where(choice > 0, choice - 1, choice)
-        losses = -model.gains(choice, shrunk)
-        losses[choice <= 0] = float("inf")
-        give = int(losses.argmin())
-        if not bool(torch.isfinite(losses[give])):
+        better = _exchange(choice, model, size, limit)
+        if better is None:
             break
-        before, budget = choice.clone(), left
-        left += float(size[choice[give]] - size[choice[give] - 1])
-        choice[give] -= 1
-        while True:
-            head, target, _ = best_growth(left)
-            if head < 0:
-                break
-            left -= float(size[target] - size[choice[head]])
-            choice[head] = target
-        if model.predict(choice) >= now - 1e-12:
-            choice, left = before, budget
-            break
+        choice = better
     return choice
+
+
+def _exchange(choice: Tensor, model: QuadraticModel, size: Tensor, limit: float, tries: int = 12) -> Tensor | None:
+    """A better choice in which one head grows and others shrink to pay for it; None when no attempt helps."""
+    growths = []
+    for target in range(1, len(size)):
+        allowed = (choice >= 0) & (choice < target)
+        gains = model.gains(choice, torch.where(allowed, target, choice))
+        growths += [(float(gains[h]), int(h), target) for h in allowed.nonzero()]
+    now = model.predict(choice)
+    for gain, head, target in sorted(growths, reverse=True)[:tries]:
+        if gain <= 0:
+            break
+        trial = choice.clone()
+        trial[head] = target
+        while float((size[trial.clamp_min(0)] * (trial >= 0)).sum()) > limit:
+            smaller = torch.where(trial > 0, trial - 1, trial)
+            freed = size[trial.clamp_min(0)] - size[smaller.clamp_min(0)]
+            loss = -model.gains(trial, smaller) / freed.clamp_min(1)
+            loss[(trial <= 0) | (torch.arange(len(trial)) == head)] = torch.inf
+            if not bool(torch.isfinite(loss).any()):
+                break
+            trial[int(loss.argmin())] -= 1
+        else:
+            if model.predict(trial) < now * (1 - 1e-9):
+                return trial
+    return None
 
 
 def candidates(
@@ -189,18 +202,57 @@ def candidates(
         tokens: `count` global heads, and windows of `mean_window` on average.
     """
     middle = min(range(len(windows)), key=lambda w: abs(windows[w] - mean_window))
+    balanced = QuadraticModel.join([(text_rows, 1.0), (needle_rows, 1.0)])
+    retrieval = QuadraticModel.join([(text_rows, 1.0), (needle_rows, 3.0)])
+    # From the threshold on a gate counts: retrieval heads only; every gate that is open at all; none.
+    mixtures = (
+        ("retrieval gates", 0.5, balanced),
+        ("open gates", 0.01, balanced),
+        ("no gates", 2.0, balanced),
+        ("no gates, needles x3", 2.0, retrieval),
+    )
     found: dict[str, Tensor] = {}
-    for weight in (1.0, 3.0):
-        model = QuadraticModel.join([(text_rows, 1.0), (needle_rows, weight)])
-        # From here on a gate counts: retrieval heads only; every gate that is open at all; none.
-        for name, threshold in (("retrieval gates", 0.5), ("open gates", 0.01), ("no gates", 2.0)):
-            if weight != 1.0 and name != "no gates":
-                continue
-            chosen = set(rank_heads(gates, model, middle, threshold)[:count])
-            found[f"{name}, needles x{weight:g}"] = choose_windows(chosen, model, windows, mean_window)
-            if weight == 1.0 and name != "no gates":
-                one = torch.full((len(gates),), middle)
-                one[list(chosen)] = -1
-                if windows[middle] <= mean_window:
-                    found[f"{name}, one window"] = one
+
+    def add(name: str, choice: Tensor) -> None:
+        if not any(torch.equal(choice, other) for other in found.values()):
+            found[name] = choice
+
+    for name, threshold, model in mixtures:
+        chosen = set(rank_heads(gates, model, middle, threshold)[:count])
+        add(name, choose_windows(chosen, model, windows, mean_window))
+        if model is balanced:
+            add(f"{name}, windows for needles", choose_windows(chosen, retrieval, windows, mean_window))
+        if threshold < 1 and windows[middle] <= mean_window:
+            one = torch.full((len(gates),), middle)
+            one[list(chosen)] = -1
+            add(f"{name}, one window", one)
     return found
+
+
+def swaps(choice: Tensor, model: QuadraticModel, tried: set[tuple[int, int]]) -> tuple[Tensor, tuple[int, int]] | None:
+    """The most promising exchange of a global and a local head that was not tried: the local one's window changes
+    hands.
+
+    Args:
+        choice: `[heads]` window index, -1 for global.
+        model: predicted KL.
+        tried: pairs (global head, local head) to leave out.
+
+    Returns:
+        The new choice, of the same bytes, and the pair; None when nothing is left to try.
+    """
+    best, pair = -float("inf"), None
+    adds = model.gains(choice, torch.full_like(choice, -1))
+    local = [h for h in range(len(choice)) if choice[h] >= 0]
+    local.sort(key=lambda h: -float(adds[h]))
+    for l in local[:8]:
+        drops = model.gains(choice, torch.where(choice < 0, choice[l], choice))
+        for g in (h for h in range(len(choice)) if choice[h] < 0):
+            value = float(adds[l] + drops[g])
+            if value > best and (g, l) not in tried:
+                best, pair = value, (g, l)
+    if pair is None:
+        return None
+    new = choice.clone()
+    new[pair[0]], new[pair[1]] = choice[pair[1]], -1
+    return new, pair

@@ -119,15 +119,19 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def bootstrap(values: Sequence[float], draws: int = 1000, seed: int = 0) -> tuple[float, float]:
     """Percentile 95 % interval of the mean, resampling prompts."""
-    if len(values) < 2:
-        return (values[0], values[0]) if values else (0.0, 0.0)
+    if len(values) < 2 or not draws:
+        return (min(values), max(values)) if values else (0.0, 0.0)
     rng = random.Random(seed)
     means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(draws))
     return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarise(rows: Sequence[Row], draws: int = 1000) -> dict[str, Any]:
     """Means with 95 % intervals: `text` and `needle` apart.
+
+    Args:
+        rows: from `measure`.
+        draws: of the bootstrap; 0 skips it and gives the range.
 
     Returns:
         `{"text": {"n", "kl", "kl_95", "delta_nll", "delta_nll_95", "top1"}, "needle": {"n", "kl", "kl_95", "top1",
@@ -141,12 +145,12 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
             continue
         n = len(part)
         kl = [row.kl for row in part]
-        entry: dict[str, Any] = {"n": n, "kl": sum(kl) / n, "kl_95": list(bootstrap(kl))}
+        entry: dict[str, Any] = {"n": n, "kl": sum(kl) / n, "kl_95": list(bootstrap(kl, draws))}
         entry["top1"] = sum(row.top1 for row in part) / n
         if name == "text":
             delta = [row.delta_nll for row in part]
             entry["delta_nll"] = sum(delta) / n
-            entry["delta_nll_95"] = list(bootstrap(delta))
+            entry["delta_nll_95"] = list(bootstrap(delta, draws))
         else:
             hits = sum(row.hit for row in part)
             entry["accuracy"] = hits / n
