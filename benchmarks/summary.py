@@ -1,0 +1,127 @@
+"""One object per bar from the raw results of a device, and the table that the documentation shows.
+
+Reads what the benchmarks wrote below a results folder and writes ``summary.json`` (a list of objects ``bar, measured,
+target, unit, met, command, commit``) and ``summary.md``. A bar whose benchmark has not been run is listed as not measured:
+nothing is left out.
+
+    python benchmarks/summary.py benchmarks/results/h200
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def bar(name: str, measured: float | None, target: float, unit: str, command: str, at_most: bool) -> dict[str, Any]:
+    met = None if measured is None else (measured <= target if at_most else measured >= target)
+    sign = "<=" if at_most else ">="
+    rounded = None if measured is None else round(measured, 3)
+    return {
+        "bar": name,
+        "measured": rounded,
+        "target": f"{sign} {target}",
+        "unit": unit,
+        "met": met,
+        "command": command,
+    }
+
+
+def decode_bars(result: Any) -> Iterator[dict[str, Any]]:
+    command = result["command"] if result else "python benchmarks/decode/bench.py --out benchmarks/results/h200"
+    rows = result["rows"] if result else []
+
+    def ms(cache: str, batch: int, context: int) -> float | None:
+        for row in rows:
+            if (row.get("cache"), row.get("batch"), row.get("context")) == (cache, batch, context):
+                return row.get("ms")
+        return None
+
+    def ratio(a: float | None, b: float | None) -> float | None:
+        return a / b if a and b else None
+
+    sparse, static, dense = "RedKnotCache 1/8 compiled", "StaticCache compiled", "RedKnotCache all global compiled"
+    long = 131072
+    yield bar("compiled decode, 8B, 128K, batch 1", ms(sparse, 1, long), 6.1, "ms/token", command, True)
+    fast = ratio(ms(static, 1, long), ms(sparse, 1, long))
+    yield bar("against StaticCache compiled, 128K, batch 1", fast, 8, "x", command, False)
+    fast = ratio(ms(static, 1, 32768), ms(sparse, 1, 32768))
+    yield bar("against StaticCache compiled, 32K, batch 1", fast, 2.7, "x", command, False)
+    cases = {(row["batch"], row["context"]) for row in rows if row.get("cache") == static}
+    ratios = [ratio(ms(static, *case), ms(dense, *case)) for case in sorted(cases)]
+    known = [value for value in ratios if value is not None]
+    worst = min(known) if known else None
+    yield bar("all global compiled against StaticCache compiled, worst case", worst, 1, "x", command, False)
+    fits = {row["capacity"]: row["largest_batch"] for row in rows if row.get("context") == long and "capacity" in row}
+    more = ratio(fits.get("RedKnotCache 1/8"), fits.get("DynamicCache"))
+    yield bar("sessions that fit at 128K, against DynamicCache", more, 5, "x", command, False)
+
+
+def kernel_bars(bars: Any) -> Iterator[dict[str, Any]]:
+    command = "python kernels/segpaged-attention/benchmarks/bench.py --out benchmarks/results/h200/kernels"
+    if not bars:
+        yield bar("kernels", None, 1, "", command, False)
+        return
+    for one in bars["bars"] if isinstance(bars, dict) else bars:
+        yield {
+            "bar": one.get("bar") or one.get("name"),
+            **{key: one.get(key) for key in ("measured", "target", "unit", "met")},
+            "command": one.get("command", command),
+        }
+
+
+def reuse_bars(result: Any) -> Iterator[dict[str, Any]]:
+    command = "python benchmarks/reuse/ttft.py --shape llama-8b --device cuda --out benchmarks/results/h200"
+    found = {row["variant"]: row["speedup"] for row in result["rows"] if "speedup" in row} if result else {}
+    if result:
+        command = result.get("command", command)
+    for name, key, target in (("memory tier", "memory", 4), ("local files", "file", 3)):
+        yield bar(f"time to first token with reuse, 8B, 32K, {name}", found.get(key), target, "x", command, False)
+
+
+def profile_bars(result: Any) -> Iterator[dict[str, Any]]:
+    command = "python benchmarks/profiles/time_8b.py --out benchmarks/results/h200"
+    seconds = result.get("seconds") if result else None
+    yield bar("profiling an 8B shape", seconds, 60, "s", result.get("command", command) if result else command, True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--commit", default=None, help="commit that was measured; default: the current one")
+    args = parser.parse_args()
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = args.commit or head.stdout.strip()
+    folder = args.results
+    bars = [
+        *kernel_bars(load(folder / "kernels" / "bars.json")),
+        *decode_bars(load(folder / "decode.json")),
+        *reuse_bars(load(folder / "reuse" / "ttft.json")),
+        *profile_bars(load(folder / "profile_8b.json")),
+    ]
+    for one in bars:
+        one["commit"] = commit
+    (folder / "summary.json").write_text(json.dumps(bars, indent=1) + "\n")
+    lines = ["| bar | measured | target | unit | met |", "|---|---|---|---|---|"]
+    words = {True: "yes", False: "no", None: "not measured"}
+    lines += [
+        f"| {b['bar']} | {b['measured'] if b['measured'] is not None else ''} | {b['target']} | {b['unit']} | "
+        f"{words[b['met']]} |"
+        for b in bars
+    ]
+    (folder / "summary.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
