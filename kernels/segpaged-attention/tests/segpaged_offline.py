@@ -1,7 +1,8 @@
 """Compiles the kernels as a launcher would launch them on a GPU that is not there.
 
-A launcher is called with CPU tensors and made-up device facts; the launches it makes are caught, and triton compiles each
-for a target. What comes out is what a GPU would run: shared memory from triton, registers and spills from the cubin.
+A launcher is called with CPU tensors and made-up device facts; the launches it makes are caught, and triton compiles
+each for a target. What comes out is what a GPU would run: shared memory from triton, registers and spills from the
+cubin.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Launch:
     options: dict
 
     def specialise(self) -> tuple[dict[str, str], dict[tuple, object], dict[tuple, list]]:
-        """Signature, constants and attributes, as triton derives them: integers by divisibility by 16, unless told not to."""
+        """Signature, constants and attributes, as triton derives them: integers by divisibility, unless told not to."""
         names = self.kernel.arg_names
         given = dict(zip(names, self.args, strict=False)) | {n: x for n, x in self.options.items() if n in names}
         plain = {names[x] if isinstance(x, int) else x for x in self.kernel.do_not_specialize or ()}

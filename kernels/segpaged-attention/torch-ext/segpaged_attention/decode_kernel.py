@@ -277,7 +277,7 @@ def choose_config(
         block_n=block_n,
         # before Hopper a pipeline of n stages has n - 1 buffers
         stages=buffers if facts.hopper else buffers + 1,
-        warps=8 if m > 32 or (m > 16 and (plain or wide)) else 4,
+        warps=8 if m > 32 or (m > 16 and (plain or wide or not facts.hopper)) else 4,
         programs=per_sm * facts.processors,
         tma=tma,
         pdl=facts.hopper,
