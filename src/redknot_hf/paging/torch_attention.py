@@ -403,7 +403,9 @@ def _attend(
         if spec.softcap:
             scores = torch.tanh(scores / spec.softcap) * spec.softcap
         if mask is not None:
-            scores = scores.masked_fill(~mask[:, :, rows], float("-inf"))
+            # one row of a mask may stand for all query rows
+            hidden = ~(mask[:, :, rows] if mask.shape[2] > 1 else mask)
+            scores = scores.masked_fill(hidden, float("-inf"))
         top = scores.amax(-1, keepdim=True)
         if aux is not None:
             top = torch.maximum(top, aux[None, :, rows, None])
