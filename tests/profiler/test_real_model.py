@@ -1,0 +1,53 @@
+"""SmolLM2-135M-Instruct: the heads that are known to carry retrieval must come out on top.
+
+(18, 2), (7, 2) and (23, 0) are the three heads whose loss alone changes its answers most.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from redknot_hf.heads import HeadProfile
+from redknot_hf.heads.profiler.collect import build_prompts, frozen
+from redknot_hf.heads.profiler.curvature import score_batch
+from redknot_hf.heads.profiler.intercept import decoder_layout
+from redknot_hf.heads.profiler.scores import HeadScores
+from redknot_hf.heads.profiler.tasks import collate
+from redknot_hf.heads.profiler.validation import full_reference, measure
+from redknot_hf.heads.profiler.visibility import HeadMap
+
+KNOWN = {(18, 2), (7, 2), (23, 0)}
+
+
+def test_the_shipped_profile_keeps_the_known_heads():
+    profile = HeadProfile.load("SmolLM2-135M-Instruct")
+    assert all(profile.head_class[l][h] == "global" for l, h in KNOWN)
+    assert profile.metadata["budget"]["global_heads"] <= 0.25 * 90 + 1
+    local = [w for row in profile.window for w in row if w]
+    assert sum(local) <= profile.metadata["budget"]["mean_window"] * len(local)
+
+
+@pytest.mark.slow
+def test_known_heads_rank_on_top(smollm2):
+    """About 20 s of one core: two needles of 640 tokens."""
+    model, tokenizer = smollm2
+    layout = decoder_layout(model)
+    needles, _ = build_prompts(tokenizer, None, "profile", 2, 1, 640, 32, seed=0)
+    scores = HeadScores(layout.num_layers, layout.num_kv_heads, (256,), 4)
+    with frozen(model):
+        prompts = [full_reference(model, collate([needle])) for needle in needles]
+        for prompt in prompts:
+            score_batch(model, prompt.cache, prompt.batch, scores, sketches=0, seed=0, windows=(256,), sink=4)
+        cells = [(l, h) for l in layout.layers for h in range(layout.num_kv_heads)]
+
+        def kl_without(head):
+            visible = HeadMap.uniform(30, 3, 4, 256, keep=[cell for cell in cells if cell != head])
+            return sum(row.kl for prompt in prompts for row in measure(model, prompt, visible, "full"))
+
+        cost = {head: kl_without(head) for head in [*sorted(KNOWN), (2, 0), (12, 1), (27, 2)]}
+    retrieval = scores.means()["retrieval"]
+    top = {divmod(int(i), 3) for i in retrieval.flatten().topk(10).indices}
+    assert top >= KNOWN
+    assert max(cost, key=cost.__getitem__) == (18, 2)
+    assert torch.isfinite(retrieval).all()
