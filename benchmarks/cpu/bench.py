@@ -36,6 +36,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
     import pydoc_data.topics
+
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache

@@ -78,12 +78,16 @@ def test_m0_bfloat16_within_the_spread_of_eager_and_sdpa(length: int) -> None:
     logits = {}
     for name in ("eager", "sdpa", "redknot"):
         tiny.set_attn_implementation(name)
-        cache = DynamicCache(config=tiny.config) if name != "redknot" else RedKnotCache(
-            tiny.config, HeadProfile.all_global(tiny.config)
+        cache = (
+            DynamicCache(config=tiny.config)
+            if name != "redknot"
+            else RedKnotCache(tiny.config, HeadProfile.all_global(tiny.config))
         )
         with torch.no_grad():
             tiny(ids[:, :-8], past_key_values=cache)
-            logits[name] = torch.cat([tiny(t, past_key_values=cache).logits for t in ids[:, -8:].split(1, 1)], 1).float()
+            logits[name] = torch.cat(
+                [tiny(t, past_key_values=cache).logits for t in ids[:, -8:].split(1, 1)], 1
+            ).float()
     spread = (logits["eager"] - logits["sdpa"]).abs().max()
     ours = (logits["redknot"] - logits["eager"]).abs().max()
     assert ours <= 2 * spread + 1e-3, (ours, spread)

@@ -7,7 +7,7 @@ which is what a head with a long reach can use; one seed gives the same prose ev
 Python versions). It does not know tokenizers' quirks beyond calling them.
 """
 
-# ruff: noqa: SIM905, E501 - word lists are easier to read and edit as one string than as quoted items
+# ruff: noqa: SIM905 - word lists are easier to read and edit as one string than as quoted items
 
 from __future__ import annotations
 
