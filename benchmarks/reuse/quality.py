@@ -1,0 +1,381 @@
+"""Quality of reuse against rows recomputed: how much of a full prefill's answers is left.
+
+    python benchmarks/reuse/quality.py --model PATH --data DIR --out DIR [--device cuda --n 100]
+
+Each prompt is a HotpotQA question with its ten paragraphs in a shuffled order, every paragraph a segment. The reference
+is a full prefill of the same ids with the same model. Measured for every variant:
+
+  kl        mean KL(full || variant) over the tokens of the gold answer, teacher-forced, nats
+  top1      share of these tokens where both have the same most likely token
+  kl_own    the same KL along the full prefill's own greedy answer
+  agree     share of prompts whose greedy answer is the full prefill's, token by token
+  first     share of prompts whose first answer token is the full prefill's
+  correct   of the prompts where the full prefill's greedy answer contains the gold answer: share whose greedy answer is
+            the same up to there (stricter than answering correctly)
+  rows      share of the documents' rows that were computed anew
+  work      share of the documents' (row, layer) pairs computed anew, layers that a selector ran over all rows included
+
+with 95 % intervals (bootstrap over prompts). Results are appended to OUT/quality.jsonl prompt by prompt; a second start
+continues there. Reads DIR/multidoc/hotpotqa_distractor_sample100.jsonl.gz.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+import platform
+import random
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from redknot_hf import HeadProfile, RedKnotCache, __version__
+from redknot_hf.segments.prompt import SegmentedPrompt
+from redknot_hf.segments.select import Blend, Boundary, KVDeviation, PromptView, QueryAttention
+from redknot_hf.segments.stores import SegmentStore
+
+MARK = "<<<documents>>>"
+INSTRUCTION = "Answer the question with a few words, using the documents.\n\n"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to build the prompt: captured behind the header or alone, relocated or not, by which selector."""
+
+    name: str
+    selector: Any = "boundary"
+    alone: bool = False
+    relocate: bool = True
+    ratios: tuple[float, ...] | None = None  # None: those of the command line
+
+
+class PaperHeads:
+    """RedKnot's own recomputation: every row runs, only the global heads of a profile take the new keys."""
+
+    def __init__(self, profile: HeadProfile):
+        self.heads = np.array([[kind != "local" for kind in row] for row in profile.head_class])
+
+    def __call__(self, view: PromptView) -> Any:
+        partial = np.zeros(view.length, bool)
+        partial[view.eligible] = True
+        return view.eligible, partial, self.heads
+
+
+class BoundaryThenRetrieval:
+    """Boundary rows in every head; rows of large deviation only in the global heads of a profile."""
+
+    def __init__(self, profile: HeadProfile, boundary: int):
+        self.paper, self.boundary = PaperHeads(profile), boundary
+
+    def __call__(self, view: PromptView) -> Any:
+        answer = Blend(boundary=self.boundary, attention=0, deviation=1)(view)
+        return answer, view.offsets() >= self.boundary, self.paper.heads
+
+
+def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]:
+    known = [
+        Variant("naive", alone=True, relocate=False, ratios=(0.0,)),
+        Variant("relocated", alone=True, ratios=(0.0,)),
+        Variant("header", ratios=(0.0,)),
+        Variant("boundary_alone", Boundary(), alone=True),
+        Variant("boundary", Boundary()),
+        Variant("kv_deviation_alone", KVDeviation(), alone=True),
+        Variant("kv_deviation", KVDeviation()),
+        Variant("query_attention", QueryAttention()),
+        Variant("paper", PaperHeads(profile), ratios=(1.0,)),
+        Variant("boundary_retrieval", BoundaryThenRetrieval(profile, 8)),
+        Variant("ours", Blend()),
+        Variant("full", ratios=(1.0,)),
+    ]
+    for text in args.blend or []:  # boundary:layer:attention:deviation
+        b, l, a, d = text.split(":")
+        known.append(Variant(f"blend {text}", Blend(int(b), int(l), float(a), float(d))))
+    if args.variants:
+        names = [variant.name for variant in known]
+        unknown = set(args.variants) - set(names)
+        if unknown:
+            sys.exit(f"--variants: {', '.join(sorted(unknown))} unknown; there are {', '.join(names)}")
+        return [v for v in known if v.name in args.variants or v.name.startswith("blend ")]
+    return known
+
+
+def chat_frame(tokenizer: Any) -> tuple[list[int], str]:
+    """Header ids and the text behind the question, from the model's chat template if it has one."""
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": INSTRUCTION + MARK}], tokenize=False, add_generation_prompt=True
+        )
+        head, tail = text.split(MARK)
+        return tokenizer(head, add_special_tokens=False)["input_ids"], tail
+    return tokenizer(INSTRUCTION)["input_ids"], "\nAnswer:"
+
+
+def load_prompts(data: Path, n: int, seed: int) -> list[dict[str, Any]]:
+    path = data / "multidoc" / "hotpotqa_distractor_sample100.jsonl.gz"
+    if not path.is_file():
+        sys.exit(f"--data: {path} does not exist")
+    prompts = []
+    with gzip.open(path, "rt") as file:
+        rows = [json.loads(line) for line in file]
+    for i in range(n):  # beyond the sample: the same questions in another order
+        row, shuffle = rows[i % len(rows)], random.Random(f"{seed}/{i}")
+        context = row["context"]
+        documents = [
+            f"Document: {title}\n{''.join(sentences).strip()}\n\n"
+            for title, sentences in zip(context["title"], context["sentences"], strict=True)
+        ]
+        shuffle.shuffle(documents)
+        prompts.append({"i": i, "documents": documents, "question": row["question"], "answer": row["answer"]})
+    return prompts
+
+
+@torch.no_grad()
+def forward(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities fp32 ``[n, vocab]`` at the last ``n`` of ``ids``, over a cache of what precedes them."""
+    return model(ids, past_key_values=cache).logits[0].float().log_softmax(-1)
+
+
+@torch.no_grad()
+def reference(model: Any, ids: torch.Tensor, gold: list[int], most: int, stop: set[int]) -> dict[str, Any]:
+    """Full prefill: log-probabilities along the gold answer and along its own greedy answer."""
+    cache = RedKnotCache.for_model(model, HeadProfile.all_global(model.config))
+    model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+    device = ids.device
+    golden = forward(model, cache.fork(), torch.cat([ids[:, -1:], torch.tensor([gold[:-1]], device=device).long()], 1))
+    token, own, rows = ids[:, -1:], [], []
+    while len(own) < most:
+        row = forward(model, cache, token)
+        rows.append(row)
+        own.append(int(row[-1].argmax()))
+        if own[-1] in stop:
+            break
+        token = torch.tensor([[own[-1]]], device=device)
+    return {"gold": golden, "own": torch.cat(rows), "own_ids": own}
+
+
+def divergence(full: torch.Tensor, other: torch.Tensor) -> float:
+    return float((full.exp() * (full - other)).sum(-1).mean())
+
+
+def judge(model: Any, built: Any, full: dict[str, Any], gold: list[int], reached: int) -> dict[str, float]:
+    ids, cache, device = built["input_ids"], built["past_key_values"], built["input_ids"].device
+    golden = forward(model, cache.fork(), torch.cat([ids[:, -1:], torch.tensor([gold[:-1]], device=device).long()], 1))
+    own = torch.tensor([full["own_ids"][:-1]], device=device).long()
+    along = forward(model, cache, torch.cat([ids[:, -1:], own], 1))
+    same = (along.argmax(-1) == torch.tensor(full["own_ids"], device=device)).tolist()
+    account = built.account
+    documents = sum(s.tokens for s in account.segments[1:])
+    layers = model.config.get_text_config().num_hidden_layers
+    early = sum(s.tokens for s in account.segments[1:] if not s.exact) * account.early_layers
+    work = (account.recomputed * layers + early) / (documents * layers)
+    return {
+        "kl": divergence(full["gold"], golden),
+        "top1": float((full["gold"].argmax(-1) == golden.argmax(-1)).float().mean()),
+        "kl_own": divergence(full["own"], along),
+        "first": float(same[0]),
+        "agree": float(all(same)),
+        "correct": float(all(same[:reached])) if reached else float("nan"),
+        "rows": account.recomputed / documents,
+        "work": work,
+        "early": account.early_layers,
+        "seconds": account.seconds["total"],
+    }
+
+
+def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Mean and the 95 % bootstrap interval over prompts."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return float("nan"), float("nan"), float("nan")
+    draws = np.random.default_rng(seed).choice(values, (2000, len(values))).mean(1)
+    return float(values.mean()), float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))
+
+
+MEASURES = ("kl", "top1", "kl_own", "first", "agree", "correct", "rows", "work", "early")
+
+
+def summarize(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["variant"], record["ratio"]), []).append(record)
+    table = []
+    for (name, ratio), rows in groups.items():
+        line: dict[str, Any] = {"variant": name, "ratio": ratio, "n": len(rows)}
+        for measure in MEASURES:
+            mean, low, high = interval(np.array([row[measure] for row in rows], float))
+            line[measure] = round(mean, 5)
+            if measure not in ("rows", "work", "early"):
+                line[measure + "_low"], line[measure + "_high"] = round(low, 5), round(high, 5)
+        table.append(line)
+    return table
+
+
+def draw(table: list[dict[str, Any]], path: Path, title: str) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    for ax, measure, label in zip(
+        axes, ("kl", "agree"), ("KL at the gold answer, nats", "same greedy answer, share"), strict=True
+    ):
+        for name in dict.fromkeys(line["variant"] for line in table):
+            lines = sorted((line for line in table if line["variant"] == name), key=lambda line: line["work"])
+            x = [line["work"] for line in lines]
+            y = [line[measure] for line in lines]
+            error = [
+                [max(0, line[measure] - line[measure + "_low"]) for line in lines],
+                [max(0, line[measure + "_high"] - line[measure]) for line in lines],
+            ]
+            ax.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1, capsize=2, label=name)
+        ax.set_xlabel("rows x layers recomputed, share")
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[0].axhline(0.03, color="black", lw=0.6, ls=":")
+    axes[1].legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with multidoc/hotpotqa_distractor_sample100..."
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.add_argument("--n", type=int, default=100)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.15, 0.3])
+    parser.add_argument("--variants", nargs="+", help="only these")
+    parser.add_argument("--blend", nargs="+", metavar="B:L:A:D", help="more: boundary:layer:attention:deviation")
+    parser.add_argument("--profile", help="head map of the head-wise variants; default: shipped, else spread")
+    parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=getattr(torch, args.dtype), attn_implementation="redknot"
+    )
+    model = model.eval().to(args.device)
+    profile = head_map(model, args.profile)
+    variants = variants_of(args, profile)
+    header, tail = chat_frame(tokenizer)
+    every = HeadProfile.all_global(model.config)
+    where = model.device.type
+    behind = SegmentedPrompt(model, tokenizer, SegmentStore("memory://", device=where), every, header=header)
+    alone = SegmentedPrompt(model, tokenizer, SegmentStore("memory://", device=where), every, header=header)
+    alone.behind = []
+    ends = model.generation_config.eos_token_id
+    stop = set(ends if isinstance(ends, list) else [ends])
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = args.out / "quality.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(r["i"], r["variant"], r["ratio"]) for r in records}
+    prompts = load_prompts(args.data, args.n, args.seed)
+    begin = time.time()
+    with log.open("a") as file:
+        for prompt in tqdm(prompts, desc="prompts"):
+            plan = [(v, r) for v in variants for r in (v.ratios or args.ratios) if (prompt["i"], v.name, r) not in done]
+            if not plan:
+                continue
+            query = f"Question: {prompt['question']}{tail}"
+            gold = tokenizer(prompt["answer"], add_special_tokens=False)["input_ids"]
+            makers = {False: behind, True: alone}
+            ids = [makers[False].add_many(prompt["documents"]), []]
+            if any(v.alone for v, _ in plan):
+                ids[1] = makers[True].add_many(prompt["documents"])
+            first = makers[False].build(ids[0], query, 0.0, "boundary")
+            full = reference(model, first["input_ids"], gold, args.max_new_tokens, stop)
+            text = tokenizer.decode(full["own_ids"], skip_special_tokens=True)
+            reached = reach(tokenizer, full["own_ids"], prompt["answer"])
+            for variant, ratio in plan:
+                built = makers[variant.alone].build(
+                    ids[variant.alone], query, ratio, variant.selector, relocate=variant.relocate
+                )
+                record = {
+                    "i": prompt["i"],
+                    "variant": variant.name,
+                    "ratio": ratio,
+                    **judge(model, built, full, gold, reached),
+                    "tokens": built.account.tokens,
+                    "full_answer": text,
+                    "gold": prompt["answer"],
+                }
+                records.append(record)
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+    wanted = {(v.name, r) for v in variants for r in (v.ratios or args.ratios)}
+    chosen = [r for r in records if (r["variant"], r["ratio"]) in wanted and r["i"] < args.n]
+    report(args, summarize(chosen), profile, time.time() - begin)
+
+
+def reach(tokenizer: Any, own: list[int], gold: str) -> int:
+    """How many tokens of the full prefill's answer it takes to contain the gold answer; 0 if it never does."""
+    for count in range(1, len(own) + 1):
+        if gold.lower() in tokenizer.decode(own[:count], skip_special_tokens=True).lower():
+            return count
+    return 0
+
+
+def head_map(model: Any, name: str | None) -> HeadProfile:
+    if name:
+        return HeadProfile.load(name)
+    profile = RedKnotCache(model.config).profile
+    return profile or HeadProfile.uniform(model.config, global_heads=0.15)
+
+
+def report(
+    args: argparse.Namespace, model: Any, table: list[dict[str, Any]], profile: HeadProfile, took: float
+) -> None:
+    device = torch.cuda.get_device_name(0) if args.device.startswith("cuda") else platform.processor() or "cpu"
+    facts = {
+        "date": str(date.today()),
+        "command": " ".join(sys.argv),
+        "model": args.model,
+        "dtype": args.dtype,
+        "device": device,
+        "head_map": profile.metadata.get("method"),
+        "versions": {
+            "redknot_hf": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "seconds": round(took, 1),
+    }
+    (args.out / "quality.json").write_text(json.dumps({**facts, "table": table}, indent=1) + "\n")
+    if table:
+        with (args.out / "quality.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, table[0])
+            writer.writeheader()
+            writer.writerows(table)
+    columns = ("ratio", "n", "rows", "work", "kl", "kl_low", "kl_high", "top1", "kl_own", "agree", "first", "correct")
+    print(f"{'variant':<24}" + "".join(f"{column:>9}" for column in columns))
+    for line in sorted(table, key=lambda line: (line["ratio"], line["kl"])):
+        print(f"{line['variant']:<24}" + "".join(f"{line[column]:>9.4g}" for column in columns))
+    try:
+        draw(table, args.out / "quality.png", f"{args.model}, HotpotQA, {device}, {facts['date']}")
+    except ImportError:
+        print("matplotlib is not installed: no picture")
+
+
+if __name__ == "__main__":
+    main()
