@@ -202,10 +202,10 @@ class SegmentedPrompt:
         return entries
 
     def _header_rows(self, entries: dict[str, SegmentEntry]) -> SegmentRows:
-        key = self._key(self.header, ())
+        key = self._key(self.behind, ())
         found = self._fetch([key])[key.hex]
         if found is None:
-            ((_, entry),) = capture(self.model, self.new_cache, None, [self.header], self.batch_tokens)
+            ((_, entry),) = capture(self.model, self.new_cache, None, [self.behind], self.batch_tokens)
             self.store.put(key, entry)
             entries[key.hex] = entry
             found = self._opened(key, entry)
@@ -293,7 +293,7 @@ class SegmentedPrompt:
 
         self._run_dense_heads(view)
         chosen = Choice(np.zeros(0, np.int64), np.zeros(length, bool))
-        if view.budget == len(view.eligible) and not callable(selector):
+        if view.budget == len(view.eligible) and ratios[-1] == ratios[0] and not callable(selector):
             chosen = Choice(view.eligible, chosen.partial)
             selector_of(selector)
         elif view.budget:

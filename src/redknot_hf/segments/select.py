@@ -264,8 +264,8 @@ def choose(view: PromptView, answer: Any) -> Choice:
     """Read a selector's answer.
 
     Args:
-        answer: float scores ``[N]``, a bool mask ``[N]``, or int positions, best first; or a pair of one of these and
-            a bool mask ``[N]`` of rows that are partial (see `Choice`).
+        answer: float scores ``[N]``, a bool mask ``[N]``, or int positions, best first; or a tuple of one of these,
+            a bool mask ``[N]`` of the rows that are partial, and optionally the heads that take these (see `Choice`).
 
     Raises:
         RedKnotError: the answer has another shape, or names positions that are not in the prompt.
