@@ -8,6 +8,8 @@ express what the family does (softcap, attention sinks, position bias).
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +25,21 @@ HANDLE = "_redknot_handle"  # attribute of a key tensor
 
 # keyword arguments with which a family changes the scores or the choice of keys in a way that pages do not follow
 _FOREIGN = ("position_bias", "sinks", "indices", "block_indices", "topk_indices", "head_mask")
+
+# Who looks at a call before it runs: called with module, query, key, attention_mask, scaling, sliding_window, softcap and
+# s_aux as the forward got them, and its other keyword arguments as one dict. It must not change or keep them. Called in
+# the thread of the forward; the tuple is replaced as a whole, so a running call sees the old one or the new one.
+Observer = Callable[..., None]
+observers: tuple[Observer, ...] = ()
+_observers_lock = threading.Lock()
+
+
+def observe(observer: Observer, wanted: bool = True) -> None:
+    """Add an observer of every call of the attention function, or with ``wanted=False`` remove it again."""
+    global observers
+    with _observers_lock:
+        rest = tuple(other for other in observers if other != observer)
+        observers = (*rest, observer) if wanted else rest
 
 
 def redknot_attention_forward(
@@ -54,6 +71,8 @@ def redknot_attention_forward(
     Raises:
         UnsupportedModel: the family changes keys, values or scores in a way that the cache cannot serve.
     """
+    for look in observers:
+        look(module, query, key, attention_mask, scaling, sliding_window, softcap, s_aux, kwargs)
     handle = getattr(key, HANDLE, None)
     if handle is None:
         return _ordinary_attention(
