@@ -454,6 +454,11 @@ class RedKnotCache(Cache):
         self.step, self.last_handle, self._device_lens = None, None, {}
 
     # ------------------------------------------------------------------------------- transformers' Cache contract
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every layer has seen keys. (The base class looks only at layers that can be set up ahead of them.)"""
+        return all(layer.is_initialized for layer in self.layers)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical tokens fed so far, padding and evicted ones included."""
         if layer_idx >= len(self.layers):

@@ -155,8 +155,10 @@ class Handle:
 
 
 class _NoBackward(torch.autograd.Function):
+    """``out`` unchanged, in the graph of ``source``: a backward pass arrives here and is refused."""
+
     @staticmethod
-    def forward(ctx: Any, out: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, out: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         return out.view_as(out)
 
     @staticmethod
@@ -239,7 +241,7 @@ class RedKnotLayer(CacheLayerMixin):
         handle = Handle(self, step, keys, values)
         self.pending = handle
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            keys, values = _NoBackward.apply(key_states), _NoBackward.apply(value_states)
+            keys, values = _NoBackward.apply(keys, key_states), _NoBackward.apply(values, value_states)
             handle._value = weakref.ref(values)
         setattr(keys, HANDLE, handle)
         self.cache.last_handle = handle
@@ -266,7 +268,10 @@ class RedKnotLayer(CacheLayerMixin):
         pages.write(k.detach(), v.detach(), step.new)  # type: ignore[arg-type]
         pages.advance(step.new)  # type: ignore[arg-type]
         step.stored = True
-        return self.dense()
+        keys, values = self.dense()
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            return _NoBackward.apply(keys, k), _NoBackward.apply(values, v)
+        return keys, values
 
     def attend(
         self,
@@ -297,7 +302,7 @@ class RedKnotLayer(CacheLayerMixin):
             self._ready(step)
         run = self._attend_kernels if self.kernel is not None else self._attend_torch
         out = run(handle, query.detach(), spec, single)
-        return _NoBackward.apply(out) if torch.is_grad_enabled() and query.requires_grad else out
+        return _NoBackward.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
     def _attend_torch(self, handle: Handle, query: torch.Tensor, spec: AttentionSpec, single: bool) -> torch.Tensor:
         step, pages = handle.step, self.pages

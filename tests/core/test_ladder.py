@@ -28,7 +28,6 @@ from dense_reference import dense_reference, full_cache
 
 from redknot_hf import HeadProfile, RedKnotCache
 
-
 FEW = ["llama", "gemma3", "gpt_oss"]  # plain; windows in turn; windows in turn and attention sinks
 MANY = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
