@@ -111,14 +111,15 @@ def test_a_prefix_can_be_saved_once_and_forked_after_loading(tiny, profile, tmp_
     assert torch.equal(feed(tiny, loaded.fork(), suffix), feed(tiny, cache.fork(), suffix))
 
 
-def test_bytes_after_compression_are_near_the_ragged_ideal():
+@pytest.mark.parametrize("window", [252, 256])
+def test_bytes_after_compression_are_near_the_ragged_ideal(window):
     """The bar: at most 3 % above the ideal at page 64 for 8K tokens; the shape of SmolLM2, fed without it."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(
         hidden_size=576, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=30, head_dim=64, vocab_size=8
     )
-    profile = HeadProfile.uniform(config, sink=4, window=252, global_heads=0.25)
+    profile = HeadProfile.uniform(config, sink=4, window=window, global_heads=0.25)
     cache = RedKnotCache(config, profile, prefill="full")
     keys = torch.zeros(1, 3, 8192, 64, dtype=torch.bfloat16)
     cache.adopt(((keys, keys) for _ in range(30)), 8192)
