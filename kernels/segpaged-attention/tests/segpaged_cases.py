@@ -19,7 +19,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def cases(on_cpu: int, on_gpu: int) -> list:
-    """Parameters (seed, (device, dtype)): in the interpreter one dtype per seed, on a GPU all of them.
+    """Parameters (seed, (device, dtype)): in the interpreter one dtype per seed, on a GPU bfloat16 and some others.
 
     The interpreter multiplies bfloat16 as integers, so the CPU does without it. Outside of it, without a GPU, there is
     nothing to run: what is returned then is marked `gpu`.
@@ -29,7 +29,8 @@ def cases(on_cpu: int, on_gpu: int) -> list:
     return [
         pytest.param(seed, ("cuda", dtype), marks=pytest.mark.gpu, id=f"{seed}-cuda-{str(dtype)[6:]}")
         for seed in range(on_gpu)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for dtype, every in ((torch.bfloat16, 1), (torch.float16, 3), (torch.float32, 4))
+        if seed % every == 0
     ]
 
 
@@ -143,8 +144,8 @@ def dense(
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
-    """Equal up to the rounding of got's dtype: absolute, against values of size 1."""
+    """Equal up to the rounding of got's dtype: of the output, and of the probabilities it was summed up from."""
     assert got.shape == want.shape
-    bound = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}[got.dtype]
-    worst = (got.float() - want.float()).abs().max().item() if got.numel() else 0.0
-    assert worst <= bound, f"largest difference {worst:.2e}, expected at most {bound:.0e}"
+    bound = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[got.dtype]
+    worst = ((got.float() - want.float()).abs() / (1 + want.float().abs())).max().item() if got.numel() else 0.0
+    assert worst <= bound, f"largest difference {worst:.2e} of 1 + size, expected at most {bound:.1e}"
