@@ -10,6 +10,15 @@ from .heads import HeadProfile
 from .memory import MemoryReport
 
 __version__ = "0.1.0"
-__all__ = ["HeadProfile", "MemoryReport", "RedKnotCache", "RedKnotError", "__version__"]
+__all__ = ["HeadProfile", "MemoryReport", "RedKnotCache", "RedKnotError", "__version__", "profile_heads"]
 
 register()
+
+
+def __getattr__(name: str) -> object:
+    # The profiler is a tool of its own; what only serves a model should not pay for importing it.
+    if name == "profile_heads":
+        from .heads.profiler import profile_heads
+
+        return profile_heads
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

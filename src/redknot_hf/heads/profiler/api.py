@@ -162,7 +162,11 @@ def profile_heads(
     return profile
 
 
-def _check(budget, method, sink, windows, mean_window, prefill, context, gate_steps, samples) -> tuple[int, ...]:
+def _check(
+    budget: Any, method: Any, sink: Any, windows: Sequence[int], mean_window: int, prefill: Any, context: Any,
+    gate_steps: Any, samples: Any,
+) -> tuple[int, ...]:  # fmt: skip
+    """Refuse arguments out of range; the windows as a tuple."""
     if budget is not None and (
         isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= 1
     ):

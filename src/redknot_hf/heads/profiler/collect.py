@@ -210,10 +210,10 @@ def measure_heads(
     gates = None
     if gate_steps:
         progress.set_description("optimising gates")
-        start = None
+        start: dict[str, Any] | None = None
         if gates_done:
-            start = {key: checkpoint.tensors[f"gate.{key}"] for key in ("gates", "exp_avg", "exp_avg_sq")}
-            start["steps"] = gates_done
+            state_of = {key: checkpoint.tensors[f"gate.{key}"] for key in ("gates", "exp_avg", "exp_avg_sq")}
+            start = {**state_of, "steps": gates_done}
             progress.update(gates_done)
 
         def after_step(state: dict[str, Any]) -> None:

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .context import ContextCache, run_suffix
-from .intercept import AttentionCall
+from .intercept import AttentionCall, Handler
 from .tasks import Batch
 from .visibility import visible_attention
 
 __all__ = ["gated_handler", "optimise_gates"]
 
 
-def gated_handler(gates: Tensor, sink: int, window: int):
+def gated_handler(gates: Tensor, sink: int, window: int) -> Handler:
     """A handler that mixes full and windowed attention.
 
     Args:

@@ -106,7 +106,7 @@ def ring_attention(call: AttentionCall, sink: int, windows: Sequence[int], key_b
         highest = torch.maximum(highest, call.sink_logits.float().reshape(1, heads, 1, 1))
     scale = torch.exp(top - highest)
     mass, acc = (mass * scale).cumsum(0), (acc * scale).cumsum(0)
-    extra = 0.0
+    extra = torch.zeros_like(highest)
     if call.sink_logits is not None:
         extra = torch.exp(call.sink_logits.float().reshape(1, heads, 1, 1) - highest)
     out = acc / (mass + extra).clamp_min(1e-30)

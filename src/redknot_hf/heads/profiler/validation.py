@@ -102,7 +102,7 @@ def measure(model: Any, prompts: Prompts, head_map: HeadMap, mode: str) -> list[
     )
     parts = columns.double().cpu().split(batch.target.sum(1).tolist(), dim=1)
     return [
-        Row(kind, *part[:3].mean(1).tolist(), bool(part[3].all()), bool(part[4].all()))
+        Row(kind, float(part[0].mean()), float(part[1].mean()), float(part[2].mean()), *map(bool, part[3:].all(1)))
         for kind, part in zip(batch.kinds, parts, strict=True)
     ]
 

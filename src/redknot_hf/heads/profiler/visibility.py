@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .intercept import AttentionCall
+from .intercept import AttentionCall, Handler
 
 __all__ = ["KEEP_ALL", "HeadMap", "attend", "visible_attention", "windowed_handler"]
 
@@ -57,7 +57,7 @@ class HeadMap:
         )
 
 
-def windowed_handler(head_map: HeadMap):
+def windowed_handler(head_map: HeadMap) -> Handler:
     """A handler for `intercept` that applies a head map."""
 
     def handler(call: AttentionCall) -> Tensor:
