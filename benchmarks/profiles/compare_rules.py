@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--n", type=int, default=100, help="needle prompts per context length")
-    parser.add_argument("--texts", type=int, default=64, help="text prompts")
+    parser.add_argument("--texts", type=int, default=100, help="text prompts")
     parser.add_argument("--contexts", type=int, nargs=2, default=[2048, 4096], help="tokens, short and long")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.15, 0.25, 0.35, 0.5])
     parser.add_argument("--modes", nargs="+", default=["full", "windowed"])

@@ -9,8 +9,8 @@ from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
 from redknot_hf.errors import RedKnotError
 from redknot_hf.heads import HeadProfile
-from redknot_hf.heads.profiler import profile_heads
-from redknot_hf.heads.profiler.collect import build_prompts
+from redknot_hf.heads.profiler import api, profile_heads
+from redknot_hf.heads.profiler.collect import Workload, build_prompts
 from redknot_hf.heads.profiler.context import prefill, run_suffix
 from redknot_hf.heads.profiler.intercept import decoder_layout, intercept
 from redknot_hf.heads.profiler.visibility import HeadMap, visible_attention, windowed_handler
@@ -194,3 +194,28 @@ def test_an_encoder_decoder_is_refused_by_name():
     config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     with pytest.raises(RedKnotError, match="T5ForConditionalGeneration is an encoder-decoder"):
         profile_heads(T5ForConditionalGeneration(config), None, **FAST)
+
+
+@pytest.mark.parametrize("prefill_mode", ["windowed", "full"])
+def test_the_work_of_a_gpu_batches_fresh_selection_and_exchanges(
+    planted_model, byte_tokenizer, monkeypatch, prefill_mode
+):
+    """What only a GPU does by default, run here with small numbers."""
+    load = Workload(4, 2, 4, 2, True, 3, 64, 4, 2, 2)
+    monkeypatch.setattr("redknot_hf.heads.profiler.api.workload", lambda *_: load)
+    modes = []
+    judged = api.judge_on
+
+    def spy(model, prompts, used):
+        modes.append((len(prompts), used))
+        return judged(model, prompts, used)
+
+    monkeypatch.setattr(api, "judge_on", spy)
+    profile = profile_heads(planted_model, byte_tokenizer, budget=1 / 3, prefill=prefill_mode, **FAST)
+    assert modes == [(3, (prefill_mode,))]  # two batches of needles, one of texts, in the deployed mode
+    measured = profile.metadata["selection"]["measured"]
+    totals = {name: sum(costs.values()) for name, costs in measured.items()}
+    kept = totals.pop("after exchanges", None)
+    assert kept is None or kept < min(totals.values())
+    assert sum(name == "global" for row in profile.head_class for name in row) == 2
+    assert profile.metadata["validation"]["needle"]["n"] == 4
