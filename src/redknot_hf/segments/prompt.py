@@ -41,7 +41,7 @@ from .placing import Loader, Place
 from .rope import Relocator
 from .rows import RowSet
 from .select import Choice, PromptView, Selector, choose, selector_of
-from .splice import SpliceCache, forward_rows, narrow_rows
+from .splice import Layout, SpliceCache, forward_rows, narrow_rows
 from .stores import SegmentStore
 
 __all__ = ["DEFAULT_RATIO", "DEFAULT_SELECTOR", "SegmentedPrompt", "SplicedPrompt"]
@@ -378,6 +378,8 @@ class SegmentedPrompt:
         partial = chosen.partial[positions] & np.isin(positions, chosen.ranked)
         rows = RowSet(positions, self.device, partial)
         ids = view.ids[positions][None].to(self.device)
+        asks = int(view.query[0]) if len(view.query) else end
+        view.cache.layout = Layout(tuple(start for start, _ in view.spans), asks)
         at: dict[int, Callable[[RowSet], np.ndarray]] = {}
         for layer in range(1, len(ratios)):
             if ratios[layer] < ratios[layer - 1]:
@@ -436,6 +438,8 @@ class SegmentedPrompt:
                 reason += "; later layers recomputed fewer rows than earlier ones"
             if not relocate:
                 reason += "; keys were not relocated"
+        if view.cache.skipped:
+            right, reason = False, f"{reason}; a sparse FFN left out {view.cache.skipped} rows of FFNs"
         total = sum(len(place.rows) for place in places)
         name = selector if isinstance(selector, str) else getattr(selector, "__name__", repr(selector))
         return BuildAccount(

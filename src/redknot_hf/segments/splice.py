@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,14 @@ from ..paging.pages import KEEP_ALL
 from ..paging.torch_attention import AttentionSpec
 from .rows import PAGE, RowSet, attend_rows
 
-__all__ = ["Observer", "SpliceCache", "SpliceLayer", "decoder_layers", "forward_rows", "narrow_rows"]
+__all__ = ["Layout", "Observer", "SpliceCache", "SpliceLayer", "decoder_layers", "forward_rows", "narrow_rows"]
+
+
+class Layout(NamedTuple):
+    """Where a prompt's parts are: the first position of each segment, and that of the query."""
+
+    starts: tuple[int, ...]
+    query: int
 
 
 class Observer:
@@ -200,6 +207,8 @@ class SpliceCache(Cache):
         partial_heads: bool ``[layers][kv_heads]``, the heads that take the new keys of partial rows: at first those
             that the profile does not call local.
         loader: called with (layer, rows) before a layer's rows overwrite and attend: brings what they will read.
+        layout: the prompt's parts, known while its last forward runs: only that one may leave out FFN rows.
+        skipped: FFN rows that `SparseFFN` left out.
 
     Raises:
         UnsupportedModel: the model has layers that are not plain attention, or layers sharing keys.
@@ -219,7 +228,8 @@ class SpliceCache(Cache):
         self.rows: RowSet | None = None
         self.observer: Observer | None = None
         self.loader: Callable[[SpliceLayer, RowSet], None] | None = None
-        self.staged = self.consumed = 0
+        self.layout: Layout | None = None
+        self.staged = self.consumed = self.skipped = 0
         classes = target.profile.head_class if target.profile is not None else [["global"] * 4096] * len(target.layers)
         self.partial_heads = [np.array([kind != "local" for kind in row]) for row in classes]
         super().__init__(layers=[SpliceLayer(self, layer.index, layer.model_window) for layer in target.paged_layers])

@@ -1,0 +1,228 @@
+"""Attention that rows receive from the last queries of a forward.
+
+The attention function shows every call to its observers before it runs; `attention_call_mass` computes from such a call
+the probabilities of the last queries over all keys that they see. That costs one small product per layer,
+``queries * keys * dim``, and no pass of the model. `splice_call_mass` does the same for rows computed over stored ones.
+
+Visibility is that of the call: causal or the given mask, padding, the sinks and windows of local heads, the model's own
+sliding window, softcap and attention sinks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..attention import HANDLE
+from ..masks import RedKnotMask
+from ..paging.pages import KEEP_ALL
+from ..segments.rows import RowSet, attention_weights
+
+__all__ = ["attention_call_mass", "last_rows", "received_mass", "splice_call_mass"]
+
+SCORES = 1 << 26  # elements of one fp32 score matrix
+
+
+def received_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    seen: torch.Tensor,
+    counts: torch.Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax of ``q k^T`` over the keys that each query sees, summed over queries and heads.
+
+    Args:
+        q: ``[batch, q_heads, n, dim]``.
+        k: ``[batch, kv_heads, keys, dim]``.
+        seen: bool, broadcastable to ``[batch, kv_heads, n, keys]``.
+        counts: bool ``[batch, n]``, queries that count; None for all.
+        scale, softcap, s_aux: of the attention call.
+
+    Returns:
+        fp32 ``[batch, keys]``.
+    """
+    batch, kv_heads, keys, _ = k.shape
+    grouped = q.unflatten(1, (kv_heads, -1)).float()
+    group, n = grouped.shape[2:4]
+    at_once = max(1, SCORES // max(1, batch * group * n * keys))
+    total = q.new_zeros(batch, keys, dtype=torch.float32)
+    for first in range(0, kv_heads, at_once):
+        heads = slice(first, first + at_once)
+        scores = (grouped[:, heads].flatten(2, 3) @ k[:, heads].float().transpose(2, 3)).unflatten(2, (group, n))
+        scores *= scale
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        mine = seen if seen.shape[1] == 1 else seen[:, heads]
+        scores.masked_fill_(~mine[:, :, None], float("-inf"))
+        if s_aux is not None:
+            extra = s_aux.float().view(1, kv_heads, group, 1, 1)[:, heads].expand(*scores.shape[:-1], 1)
+            weights = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        weights = weights.nan_to_num(0.0)  # queries that see nothing: padding
+        if counts is not None:
+            weights = weights * counts[:, None, None, :, None]
+        total += weights.sum((1, 2, 3))
+    return total
+
+
+def last_rows(count: int, rows: int, real: torch.Tensor | None) -> tuple[torch.Tensor | slice, torch.Tensor | None]:
+    """The last ``count`` real rows of every sequence.
+
+    Args:
+        real: bool ``[batch, rows]``, False for padding; None without.
+
+    Returns:
+        A slice and None without padding; else int64 ``[batch, count]`` and bool ``[batch, count]``: which are real.
+    """
+    count = min(count, rows)
+    if real is None:
+        return slice(rows - count, rows), None
+    order = torch.argsort(real.byte(), dim=1, stable=True)[:, rows - count :]  # padding first, then the real ones
+    return order, real.gather(1, order)
+
+
+def attention_call_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: Any,
+    scale: float,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    sliding_window: int | None,
+    real: torch.Tensor | None,
+    count: int,
+    past: int,
+) -> torch.Tensor | None:
+    """Mass that this forward's rows receive from its last queries, from one call of the attention function.
+
+    Args:
+        query: ``[batch, q_heads, n, dim]``; key: as the cache returned it.
+        mask: what the attention function gets.
+        real: bool ``[batch, n]``, or None without padding.
+        count: queries that count, from the end.
+        past: tokens (padding counted) that the cache held before this forward.
+
+    Returns:
+        fp32 ``[batch, n]``; None where the call does not tell (keys of another sequence, cold pages).
+    """
+    n = query.shape[2]
+    rows, counts = last_rows(count, n, real)
+    last = query[:, :, rows] if isinstance(rows, slice) else _take_rows(query, rows)
+    handle = getattr(key, HANDLE, None)
+    if handle is not None:
+        found = _paged(handle, key, mask, sliding_window, rows, real)
+        if found is None:
+            return None
+        keys, seen = found
+    else:
+        keys = key
+        visible = _ordinary(key, mask, n, rows)
+        if visible is None:
+            return None
+        seen = visible
+    total = received_mass(last, keys, seen, counts, scale, softcap, s_aux)
+    start = keys.shape[2] - n if handle is not None or keys.shape[2] < past + n else past
+    return total[:, start : start + n]
+
+
+def _take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _ordinary(key: torch.Tensor, mask: Any, n: int, rows: torch.Tensor | slice) -> torch.Tensor | None:
+    """bool ``[batch or 1, 1 or heads, count, keys]`` for a call over plain tensors."""
+    keys = key.shape[2]
+    if keys < n:
+        return None  # attention over another sequence
+    if isinstance(mask, RedKnotMask):
+        mask = mask.dense()
+    if mask is None:
+        index = torch.arange(n, device=key.device)
+        index = index[rows][None] if isinstance(rows, slice) else rows
+        return (torch.arange(keys, device=key.device) <= index[..., None] + (keys - n))[:, None]
+    if mask.shape[2] != n or mask.shape[1] != 1:
+        return None
+    mask = mask[..., :keys]
+    if isinstance(rows, slice):
+        chosen = mask[:, :, rows]
+    else:
+        chosen = mask.expand(key.shape[0], -1, -1, -1).gather(
+            2, rows[:, None, :, None].expand(-1, 1, -1, mask.shape[3])
+        )
+    return chosen if chosen.dtype == torch.bool else chosen > torch.finfo(chosen.dtype).min / 2
+
+
+def _paged(
+    handle: Any,
+    key: torch.Tensor,
+    mask: Any,
+    sliding_window: int | None,
+    rows: torch.Tensor | slice,
+    real: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Keys (stored ones, then the chunk's) and visibility ``[batch, kv_heads, count, keys]`` for a `RedKnotCache`."""
+    layer = handle.layer
+    step = getattr(handle, "step", None)
+    if step is None:
+        return None
+    batch, heads, n, _ = key.shape
+    pages, device = layer.pages, key.device
+    past = np.zeros(batch, np.int64) if pages is None else pages.lens
+    longest = int(past.max())
+    if longest and layer.cache.tier is not None:
+        return None  # far keys may be cold
+    keys = key
+    held = torch.arange(longest, device=device)
+    old = torch.from_numpy(past).to(device)
+    if longest:
+        index = torch.from_numpy(pages.rows(np.arange(longest), np.arange(heads)).ravel()).to(device)
+        slab = pages.pool.k.view(-1, pages.pool.k.shape[2])
+        keys = torch.cat([slab.index_select(0, index).view(batch, heads, longest, -1).to(key.dtype), key], 2)
+    if real is None:
+        fresh = old[:, None] + torch.arange(n, device=device)
+    else:
+        fresh = torch.where(real, old[:, None] + real.cumsum(1) - 1, -1)
+    position = torch.cat([torch.where(held < old[:, None], held, -1), fresh], 1)  # of every key, -1 for none
+    mine = fresh[:, rows] if isinstance(rows, slice) else fresh.gather(1, rows)
+    p, j = mine[:, None, :, None], position[:, None, None]
+    sink, window = layer.sink, layer.window
+    if layer.cache.prefill == "full" and step.start == 0:
+        sink, window = np.zeros(heads, np.int64), np.full(heads, KEEP_ALL, np.int64)
+    s = torch.from_numpy(np.asarray(sink, np.int64)).to(device)[:, None, None]
+    w = torch.from_numpy(np.asarray(window, np.int64)).to(device)[:, None, None]
+    seen = (j >= 0) & (j <= p) & ((j < s) | (j > p - w))
+    model_window = sliding_window or layer.model_window
+    if model_window:
+        seen &= j > p - model_window
+    if mask is not None and not (isinstance(mask, RedKnotMask) and mask.is_causal):
+        pattern = _ordinary(key, mask, n, rows)
+        if pattern is None or longest:
+            return None
+        seen = seen & pattern
+    return keys, seen
+
+
+def splice_call_mass(
+    query: torch.Tensor, rows: RowSet, layer: Any, spec: Any, queries: np.ndarray, length: int
+) -> torch.Tensor:
+    """Mass that computed rows receive from some of them, over the stored and computed keys of a splice.
+
+    Args:
+        query: ``[batch, q_heads, n, dim]`` of the rows.
+        layer: the `SpliceLayer`, the rows' keys already in place.
+        queries: int64, which of the rows ask.
+        length: tokens of the prompt.
+
+    Returns:
+        fp32 ``[batch, n]``.
+    """
+    index = torch.from_numpy(queries).to(query.device)
+    some = query.index_select(2, index)
+    weights = attention_weights(some, rows.take(queries), layer.k[:, :, :length], layer.sink, layer.window, spec)
+    return weights.sum((1, 2, 3)).index_select(1, rows.positions)
