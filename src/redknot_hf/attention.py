@@ -95,7 +95,8 @@ def redknot_attention_forward(
             scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
         out = handle.layer.attend(handle, query, attention_mask, float(scaling), sliding_window, softcap, s_aux)
     except Exception:
-        handle.layer.cache.abandon(handle.step)  # as if this forward had not been tried, where that is still possible
+        if hasattr(handle, "abandon"):  # as if this forward had not been tried, where that is still possible
+            handle.abandon()
         raise
     return out, None
 
@@ -120,8 +121,20 @@ def _refuse_foreign(
         raise UnsupportedModel(
             f"{name} attends in both directions, which a RedKnotCache does not serve; use DynamicCache"
         )
+    step = getattr(handle, "step", None)  # the static form has none
+    if step is not None and step.new is None and 0 < step.start < step.length and _starts_over(kwargs):
+        raise UnsupportedModel(
+            f"{step.length} tokens are fed from position 0 into a cache that holds {step.start} of them: generate(..., "
+            "use_cache=False) feeds the whole text at every step. Leave out use_cache=False, or the cache"
+        )
     if dropout and module.training:
         raise UnsupportedModel("a RedKnotCache serves inference only: call model.eval() or train without a cache")
+
+
+def _starts_over(kwargs: dict) -> bool:
+    """Whether a forward with more tokens than the cache holds says that they are the whole text."""
+    position = kwargs.get("position_ids")
+    return kwargs.get("use_cache") is False or (position is not None and not bool(position[..., 0].any()))
 
 
 def _ordinary_attention(

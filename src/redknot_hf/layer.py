@@ -77,7 +77,10 @@ class Step:
                 f"more come: pass a mask of {columns} columns, for the past and the new tokens"
             )
         real = padding[:, :columns].cpu().numpy()
-        if (real[:, : self.start].sum(1) != lens).any():
+        known = mask.arguments["kv_length"]
+        if isinstance(known, CacheLength) and known.past is not None:
+            known.check_past(real[:, : self.start])
+        elif (real[:, : self.start].sum(1) != lens).any():
             raise CacheError(
                 "attention_mask disagrees with what the cache holds: it marks "
                 f"{real[:, : self.start].sum(1).tolist()} past tokens per row as real, {lens.tolist()} are stored. The "
@@ -152,6 +155,11 @@ class Handle:
     def release(self) -> None:
         """The chunk is in the pages: drop it, and with it the cycle from the key tensor to itself."""
         self.stored, self.k, self.v = True, None, None
+
+    def abandon(self) -> None:
+        """The forward was refused; take it back if nothing is stored yet."""
+        if self.step is not None:
+            self.layer.cache.abandon(self.step)
 
 
 class _NoBackward(torch.autograd.Function):
@@ -434,7 +442,9 @@ class RedKnotLayer(CacheLayerMixin):
         length = self.seen + query_length
         if compat.is_compiling():
             return length, 0
-        return CacheLength.of(length, self.pages is not None and bool(self.pages.lens.all())), 0
+        decoding = self.pages is not None and bool(self.pages.lens.all())
+        seen = self.seen
+        return CacheLength.of(length, decoding, lambda: self.cache.real_columns(self.batch_size, seen)), 0
 
     def get_seq_length(self) -> int:
         return self.seen

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import masking_utils
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from . import compat
+from .errors import CacheError
 
 __all__ = ["CacheLength", "RedKnotMask", "redknot_mask"]
 
@@ -28,15 +30,33 @@ class CacheLength(int):
 
     Attributes:
         decoding: every row holds at least one real token.
+        past: gives which columns of the past are real, bool ``[batch, columns]``; None where nobody keeps account.
     """
 
     decoding: bool = False
+    past: Callable[[], np.ndarray] | None = None
 
     @classmethod
-    def of(cls, length: int, decoding: bool) -> CacheLength:
+    def of(cls, length: int, decoding: bool, past: Callable[[], np.ndarray] | None = None) -> CacheLength:
         self = cls(length)
-        self.decoding = decoding
+        self.decoding, self.past = decoding, past
         return self
+
+    def check_past(self, real: np.ndarray) -> None:
+        """Compare the past columns of a mask, bool ``[batch, past columns]``, with what was fed.
+
+        Raises:
+            CacheError: they differ; what is stored cannot be hidden or shown any more.
+        """
+        if self.past is None or not real.shape[1]:
+            return
+        known = self.past()
+        if known.shape != real.shape or (known != real).any():
+            raise CacheError(
+                f"attention_mask disagrees with what the cache holds: it marks {real.sum(1).tolist()} past tokens per row as "
+                f"real, {known.sum(1).tolist()} are stored, or others. The mask of past tokens must not change between "
+                "calls"
+            )
 
 
 def _is_sliding_overlay(function: Callable[..., Any]) -> bool:
@@ -149,6 +169,8 @@ def redknot_mask(
         # a family that transformers does not run with sdpa may do arithmetic with its mask
         return sdpa_mask(**arguments) if compat.runs_sdpa(kwargs.get("config")) else eager_mask(**arguments)
     if q_length == 1 and kv_length.decoding and _last_column_is_real(attention_mask):
+        if attention_mask is not None and not attention_mask.is_cuda and attention_mask.shape[1] >= kv_length:
+            kv_length.check_past(attention_mask[:, : kv_length - 1].numpy())
         return None
     return RedKnotMask(arguments)
 
