@@ -71,17 +71,7 @@ def test_the_printed_figure(monkeypatch, tmp_path, capsys):
     profile = HeadProfile.uniform(config(), sink=4, window=60, global_heads=0.25)
     profile.save(tmp_path / "p.json")
     memory = 2 << 20
-    arguments = [
-        "--gpu-memory",
-        str(memory),
-        "--weights-bytes",
-        "0",
-        "--context",
-        "500",
-        "--utilization",
-        "1",
-        "--json",
-    ]
-    assert main(["show", str(tmp_path / "p.json"), *arguments]) == 0
+    arguments = ["--gpu-memory", str(memory + 1), "--weights-bytes", "1", "--context", "500", "--utilization", "1"]
+    assert main(["show", str(tmp_path / "p.json"), *arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)["capacity"]["head_aware"]
     assert printed == fill(profile, 500, memory, 64, monkeypatch)[0]

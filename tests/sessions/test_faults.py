@@ -213,6 +213,30 @@ def test_more_pages_than_the_file_justifies_are_refused(tiny, tmp_path):
         RedKnotCache.load(tmp_path / "a", tiny.config, max_bytes=100_000)
 
 
+def test_a_page_of_two_heads_is_refused(tiny, tmp_path):
+    """Head 1 made to read the page of head 0: possible numbers, wrong content."""
+    path = tmp_path / "a"
+    make(tiny, mixed_profile(tiny.config), 1, 7).save(path)
+
+    def change(description, tensors):
+        tensors["layers.2.table"].fill_(1)
+        for half in ("k", "v"):
+            tensors[f"layers.2.{half}"] = tensors[f"layers.2.{half}"][:7]
+
+    forged(tmp_path / "b", path.read_bytes(), change)
+    with pytest.raises(RedKnotError, match="shared by other heads"):
+        RedKnotCache.load(tmp_path / "b", tiny.config)
+
+
+@pytest.mark.parametrize(("old", "new"), [(rb"\"recording\":false", rb"\"recording\":true "), (b"float32", b"float64")])
+def test_an_edited_description_is_noticed(tiny, saved, tmp_path, old, new):
+    """Readable, and right in its form: only the seal tells."""
+    assert old in saved[0]
+    (tmp_path / "a").write_bytes(saved[0].replace(old, new))
+    with pytest.raises(DamagedFile, match="does not match its seal"):
+        RedKnotCache.load(tmp_path / "a", tiny.config)
+
+
 @pytest.mark.parametrize("depth", [60, 100_000])
 def test_nested_bombs(tiny, tmp_path, depth):
     header = b'{"__metadata__":{"redknot_session":"{}"},"x":' + b"[" * depth + b"]" * depth + b"}"

@@ -157,6 +157,16 @@ def test_only_live_tokens_are_written(tiny, profile, tmp_path):
     assert size < ideal + 8192
 
 
+def test_cropped_tokens_are_not_written(tiny, profile, tmp_path):
+    """After a crop the ring holds slots of tokens that are no more, and fewer old ones than it could."""
+    cache = make(tiny, profile, 1, 60, rollback=6)
+    cache.crop(-4)
+    cache.save(tmp_path / "a")
+    with safe_open(tmp_path / "a", "pt") as file:
+        rows = len(file.get_tensor("layers.2.k"))
+    assert rows == 2 * (2 + (56 - (60 - 15)))  # two heads: the sinks, and the ring of 15 less the four
+
+
 def test_the_file_describes_itself(tiny, profile, tmp_path):
     cache = make(tiny, profile, 2, 20)
     cache.save(tmp_path / "a", model=tiny, label="chat 7")

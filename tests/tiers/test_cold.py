@@ -128,7 +128,7 @@ def test_bounds_follow_the_pages(tiny):
     fork.batch_repeat_interleave(2)
     feed(tiny, fork, torch.tensor([[3], [4], [5], [6]]))
     fork.crop(-11)
-    steps(tiny, fork, 20)
+    steps(tiny, fork, 21)  # one key in the last page
     for one in (cache, fork):
         for layer in one.layers:
             pages = layer.pages
@@ -262,8 +262,10 @@ def test_crop_needs_no_rollback(tiny, profile):
     other = RedKnotCache(tiny.config, profile, page_size=8)
     feed(tiny, cache, ids[:, :45]), feed(tiny, other, ids[:, :45])
     feed(tiny, cache, ids[:, 45:])
-    fork = cache.fork()
+    fork, untouched, twin = cache.fork(), cache.fork(), RedKnotCache(tiny.config, profile, page_size=8)
     cache.crop(-45)
+    feed(tiny, twin, ids[:, :45]), feed(tiny, twin, ids[:, 45:])
+    assert_same(steps(tiny, untouched, 5), steps(tiny, twin, 5))
     assert torch.equal(steps(tiny, cache, 20), steps(tiny, other, 20))
     fork.crop(-45)  # shared pages were not written to by the other's crop
     other = RedKnotCache(tiny.config, profile, page_size=8)

@@ -210,7 +210,6 @@ class SessionStore:
                     f"session {shorten(key)} is in use already: put it back first, or fork the cache in use"
                 )
             session.in_use = True
-            self._sessions.move_to_end(key)
             try:
                 self._bring(session)
                 self._balance()
