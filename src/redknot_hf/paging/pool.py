@@ -93,25 +93,28 @@ class PagePool:
                 f"{self.capacity} are free; make max_cache_len larger, the batch smaller, or release other caches first"
             )
         rows = max(self.num_pages + missing, int(self.num_pages * GROWTH))
-        try:
-            k = self._slab(rows, self.k.shape[2], self.k.dtype, self.k.device)
-            v = self._slab(rows, self.v.shape[2], self.v.dtype, self.v.device)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "alloc" not in str(error):
-                raise
-            raise PoolExhausted(
-                f"no memory on {self.k.device} to grow the page pool from {self.num_pages} to {rows} pages "
-                f"({rows * self.page_bytes:,} bytes): use a profile with fewer global heads, a shorter context or a "
-                "smaller batch, or reset() caches that are no longer needed"
-            ) from error
         with self.lock:
-            k[: self.num_pages].copy_(self.k)
-            v[: self.num_pages].copy_(self.v)
-            self.k, self.v = k, v
-            grown = rows - self.num_pages
-            self.refs = np.concatenate([self.refs, np.zeros(grown, np.int32)])
-            self._used = np.concatenate([self._used, np.zeros(grown, bool)])
-            self._spare = np.concatenate([self._spare, np.zeros(grown, bool)])
+            try:  # one slab after the other, so that only one of them is there twice at any time
+                grown = []
+                for name in ("k", "v"):
+                    old = getattr(self, name)
+                    new = self._slab(rows, old.shape[2], old.dtype, old.device)
+                    new[: self.num_pages].copy_(old)
+                    grown.append(new)
+                    setattr(self, name, new[: self.num_pages])
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "alloc" not in str(error):
+                    raise
+                raise PoolExhausted(
+                    f"no memory on {self.k.device} to grow the page pool from {self.num_pages} to {rows} pages "
+                    f"({rows * self.page_bytes:,} bytes): use a profile with fewer global heads, a shorter context or a "
+                    "smaller batch, or reset() caches that are no longer needed"
+                ) from error
+            self.k, self.v = grown
+            more = rows - self.num_pages
+            self.refs = np.concatenate([self.refs, np.zeros(more, np.int32)])
+            self._used = np.concatenate([self._used, np.zeros(more, bool)])
+            self._spare = np.concatenate([self._spare, np.zeros(more, bool)])
 
     def alloc(self, count: int) -> np.ndarray:
         """``count`` zeroed pages with one reference each, int32 ``[count]``; pages kept for a run's growth come last."""
