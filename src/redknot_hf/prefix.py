@@ -146,7 +146,7 @@ def _difference(wanted: torch.Tensor, found: torch.Tensor) -> tuple[float, float
 def _reported(
     cache: RedKnotCache, ids: torch.Tensor, kl: float | None = None, same: float | None = None
 ) -> RedKnotCache:
-    cache.prefix_report = _report(cache, ids, kl, same)  # type: ignore[attr-defined]
+    cache.prefix_report = _report(cache, ids, kl, same)
     return cache
 
 

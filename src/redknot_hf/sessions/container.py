@@ -173,7 +173,7 @@ def _write_pieces(file: Any, source: Source, digest: _TreeHash) -> None:
         if piece.dtype != source.dtype:
             raise AssertionError(f"{source.name}: a piece of {piece.dtype}, expected {source.dtype}")
         if flat.numel():
-            raw = memoryview(flat.view(torch.uint8).numpy())
+            raw = memoryview(flat.view(torch.uint8).numpy().data)
             digest.update(raw)
             file.write(raw)
             written += raw.nbytes

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -117,6 +118,7 @@ def save_session(
 
 
 def _capture(prefix: str, pages: LayerPages | SleepingPages) -> list[Source]:
+    halves: list[tuple[str, torch.dtype, int, Callable[[], Iterable[torch.Tensor]]]]
     if isinstance(pages, SleepingPages):
         state, keys, values = pages.rest()
         halves = [

@@ -158,7 +158,7 @@ def sleeps(layer: Any) -> bool:
 
 def sleeping_layers(cache: RedKnotCache) -> list[SleepingPages]:
     """The layers of a cache that sleep now."""
-    return [layer.pages for layer in cache.layers if sleeps(layer)]  # type: ignore[misc]
+    return [layer.pages for layer in cache.layers if sleeps(layer)]
 
 
 def offload_cache(cache: RedKnotCache, chosen: Iterable[Any]) -> int:

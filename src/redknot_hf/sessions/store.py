@@ -360,7 +360,7 @@ class SessionStore:
         for layer in cache.layers:
             if isinstance(layer, RedKnotLayer):
                 gone = _Surrendered(session.key)
-                layer.pages, layer.update = gone, gone.refuse  # type: ignore[assignment, method-assign]
+                layer.pages, layer.update = gone, gone.refuse  # type: ignore[assignment]
 
     def _bring(self, session: _Session) -> None:
         """Onto the device; a full device is retried after everything idle has left it."""
