@@ -2,8 +2,8 @@
 
     python benchmarks/reuse/quality.py --model PATH --data DIR --out DIR [--device cuda --n 100]
 
-Each prompt is a HotpotQA question with its ten paragraphs in a shuffled order, every paragraph a segment. The reference
-is a full prefill of the same ids with the same model. Measured for every variant:
+Each prompt is a HotpotQA question with its ten paragraphs in a shuffled order, joined to --documents segments. The
+reference is a full prefill of the same ids with the same model. Measured for every variant:
 
   kl        mean KL(full || variant) over the tokens of the gold answer, teacher-forced, nats
   top1      share of these tokens where both have the same most likely token
@@ -12,6 +12,8 @@ is a full prefill of the same ids with the same model. Measured for every varian
   first     share of prompts whose first answer token is the full prefill's
   correct   of the prompts where the full prefill's greedy answer contains the gold answer: share whose greedy answer is
             the same up to there (stricter than answering correctly)
+  gold      share of prompts whose own greedy answer contains the gold answer, whatever words surround it; only for
+            --generate, because it decodes token by token. Compare with the line "full".
   rows      share of the documents' rows that were computed anew
   work      share of the documents' (row, layer) pairs computed anew, layers that a selector ran over all rows included
 
@@ -24,6 +26,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
+import itertools
 import json
 import platform
 import random
@@ -121,7 +124,7 @@ def chat_frame(tokenizer: Any) -> tuple[list[int], str]:
     return tokenizer(INSTRUCTION)["input_ids"], "\nAnswer:"
 
 
-def load_prompts(data: Path, n: int, seed: int) -> list[dict[str, Any]]:
+def load_prompts(data: Path, n: int, seed: int, segments: int = 10) -> list[dict[str, Any]]:
     path = data / "multidoc" / "hotpotqa_distractor_sample100.jsonl.gz"
     if not path.is_file():
         sys.exit(f"--data: {path} does not exist")
@@ -136,6 +139,8 @@ def load_prompts(data: Path, n: int, seed: int) -> list[dict[str, Any]]:
             for title, sentences in zip(context["title"], context["sentences"], strict=True)
         ]
         shuffle.shuffle(documents)
+        edges = [round(j * len(documents) / segments) for j in range(segments + 1)]
+        documents = ["".join(documents[a:b]) for a, b in itertools.pairwise(edges) if a < b]
         prompts.append({"i": i, "documents": documents, "question": row["question"], "answer": row["answer"]})
     return prompts
 
@@ -190,7 +195,14 @@ def judge(model: Any, built: Any, full: dict[str, Any], gold: list[int], reached
         "work": work,
         "early": account.early_layers,
         "seconds": account.seconds["total"],
+        "gold": float("nan"),
     }
+
+
+def answer_of(model: Any, built: Any, most: int, stop: set[int]) -> list[int]:
+    """The variant's own greedy answer."""
+    out = model.generate(**built, max_new_tokens=most, do_sample=False, eos_token_id=sorted(stop), pad_token_id=0)
+    return out[0, built["input_ids"].shape[1] :].tolist()
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
@@ -202,7 +214,7 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     return float(values.mean()), float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))
 
 
-MEASURES = ("kl", "top1", "kl_own", "first", "agree", "correct", "rows", "work", "early")
+MEASURES = ("kl", "top1", "kl_own", "first", "agree", "correct", "gold", "rows", "work", "early")
 
 
 def summarize(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -258,10 +270,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     parser.add_argument("--n", type=int, default=100)
+    parser.add_argument(
+        "--documents", type=int, default=4, help="segments that the ten paragraphs are joined to; 10: each its own"
+    )
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.15, 0.3])
     parser.add_argument("--variants", nargs="+", help="only these")
     parser.add_argument("--blend", nargs="+", metavar="B:L:A:D", help="more: boundary:layer:attention:deviation")
     parser.add_argument("--profile", help="head map of the head-wise variants; default: shipped, else spread")
+    parser.add_argument(
+        "--generate", nargs="*", default=["full", "ours"], help="variants that answer on their own, too"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -289,7 +307,7 @@ def main() -> None:
     log = args.out / "quality.jsonl"
     records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {(r["i"], r["variant"], r["ratio"]) for r in records}
-    prompts = load_prompts(args.data, args.n, args.seed)
+    prompts = load_prompts(args.data, args.n, args.seed, args.documents)
     begin = time.time()
     with log.open("a") as file:
         for prompt in tqdm(prompts, desc="prompts"):
@@ -310,15 +328,25 @@ def main() -> None:
                 built = makers[variant.alone].build(
                     ids[variant.alone], query, ratio, variant.selector, relocate=variant.relocate
                 )
+                text_of_its_own = None
+                if variant.name in args.generate:
+                    again = makers[variant.alone].build(
+                        ids[variant.alone], query, ratio, variant.selector, relocate=variant.relocate
+                    )
+                    own = answer_of(model, again, args.max_new_tokens, stop)
+                    text_of_its_own = tokenizer.decode(own, skip_special_tokens=True)
                 record = {
                     "i": prompt["i"],
                     "variant": variant.name,
                     "ratio": ratio,
                     **judge(model, built, full, gold, reached),
+                    "answer": text_of_its_own,
                     "tokens": built.account.tokens,
                     "full_answer": text,
-                    "gold": prompt["answer"],
+                    "gold_answer": prompt["answer"],
                 }
+                if text_of_its_own is not None:
+                    record["gold"] = float(prompt["answer"].lower() in text_of_its_own.lower())
                 records.append(record)
                 file.write(json.dumps(record) + "\n")
                 file.flush()
@@ -352,6 +380,7 @@ def report(
         "model": args.model,
         "dtype": args.dtype,
         "device": device,
+        "documents_per_prompt": args.documents,
         "head_map": profile.metadata.get("method"),
         "versions": {
             "redknot_hf": __version__,
@@ -367,7 +396,21 @@ def report(
             writer = csv.DictWriter(file, table[0])
             writer.writeheader()
             writer.writerows(table)
-    columns = ("ratio", "n", "rows", "work", "kl", "kl_low", "kl_high", "top1", "kl_own", "agree", "first", "correct")
+    columns = (
+        "ratio",
+        "n",
+        "rows",
+        "work",
+        "kl",
+        "kl_low",
+        "kl_high",
+        "top1",
+        "kl_own",
+        "agree",
+        "first",
+        "correct",
+        "gold",
+    )
     print(f"{'variant':<24}" + "".join(f"{column:>9}" for column in columns))
     for line in sorted(table, key=lambda line: (line["ratio"], line["kl"])):
         print(f"{line['variant']:<24}" + "".join(f"{line[column]:>9.4g}" for column in columns))

@@ -154,6 +154,27 @@ def test_narrowed_rows_stop_where_they_are_dropped():
     assert (part.layers[1].k - whole.layers[1].k)[:, :, 40:90].abs().max() < EXACT
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_narrowing_twice_keeps_rows_and_their_positions_together(family):
+    model = tiny(family)
+    ids = ids_of(90, 8)
+    whole = SpliceCache(target_for(model), 90)
+    forward_rows(model, whole, ids, RowSet(np.arange(90), "cpu"))
+    part = SpliceCache(target_for(model), 90)
+    third = np.arange(1, 90, 3)
+    left = third[5::2]  # what the two steps below leave; only these rows are wrong in storage
+    for layer, source in zip(part.layers, whole.layers, strict=True):
+        k, v = source.k.clone(), source.v.clone()
+        k[:, :, left], v[:, :, left] = 9.0, 9.0
+        layer.fill(k, v, slice(None))
+    steps = {1: lambda rows: np.arange(5, len(rows)), 2: lambda rows: np.arange(0, len(rows), 2)}
+    with narrow_rows(model, part, steps):
+        forward_rows(model, part, ids[:, third], RowSet(third, "cpu"))
+    for a, b in zip(whole.layers, part.layers, strict=True):
+        assert (a.k - b.k).abs().max() < EXACT
+        assert (a.v - b.v).abs().max() < EXACT
+
+
 def test_partial_rows_replace_only_heads_that_keep_everything():
     model = tiny("llama")
     profile = mixed(model)

@@ -78,11 +78,12 @@ class Loader:
             there = self._there.setdefault((layer.index, sink, window), np.zeros(self.total, bool))
             computed = rows.host if rows.partial is None else rows.host[~rows.partial]
             computed = computed[computed < self.total]
+            absent = ~there
             if self.cache.observer is None or not self.cache.observer.compares:
-                there[computed] = True
-            missing = self._needed(rows, sink, window) & ~there
+                absent[computed] = False
+            missing = self._needed(rows, sink, window) & absent
             if missing.mean() > NEARLY_ALL:
-                missing = ~there
+                missing = absent
             there |= missing
             there[computed] = True
             if missing.any():

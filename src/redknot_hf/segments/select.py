@@ -8,7 +8,8 @@ ratio pays for are taken.
 * `KVDeviation`: rows whose keys and values in an early layer differ most from the stored ones (CacheBlend, arXiv
   2405.16444). The early layers run over all rows for it.
 * `QueryAttention`: rows that the query attends to most, by one pass of the query alone over the stored rows.
-* `Blend`: some boundary rows of each segment, then the rows with the largest product of both measures.
+* `Blend`, the default: some boundary rows of each segment, then the rows that the query attends to most; the deviation can
+  be multiplied in.
 
 Your own: any callable that takes a `PromptView` and returns scores, a mask, or positions.
 
@@ -195,19 +196,20 @@ class QueryAttention:
 
 @dataclass(frozen=True)
 class Blend:
-    """Boundary rows first, then rows that are both wrong and looked at.
+    """Boundary rows first, then rows by a product of the query's attention and the deviation.
 
     Attributes:
-        boundary: first tokens of each segment that are taken before anything else.
+        boundary: first tokens of each segment that are taken before anything else. 8 did better than 0, 4 and 16.
         layer: of the deviation.
-        attention: exponent of the query's attention in the product; 0 leaves it out and saves its pass.
-        deviation: exponent of the deviation; 0 leaves it out and saves the early layers.
+        attention: exponent of the query's attention; 0 leaves it out and saves its pass.
+        deviation: exponent of the deviation; 0 leaves it out and saves the early layers. At equal rows the deviation in
+            layer 1 added nothing to the attention; in layer 6 it did, for the price of seven layers over all rows.
     """
 
     boundary: int = 8
     layer: int = 1
     attention: float = 1.0
-    deviation: float = 0.5
+    deviation: float = 0.0
 
     def __call__(self, view: PromptView) -> np.ndarray:
         score = np.ones(view.length)
