@@ -42,12 +42,13 @@ class Session:
 
     def __init__(self, cache: RedKnotCache, profile: HeadProfile, rows: int):
         self.cache, self.profile = cache, profile
+        self.shortened = False  # cropped or re-profiled before, so that rings may have less slack than rollback
         self.k = [torch.zeros(rows, HEADS, 0, DIM) for _ in range(LAYERS)]
         self.v = [torch.zeros(rows, HEADS, 0, DIM) for _ in range(LAYERS)]
 
     def copy(self, cache: RedKnotCache) -> Session:
         twin = Session(cache, self.profile, 1)
-        twin.k, twin.v = list(self.k), list(self.v)
+        twin.k, twin.v, twin.shortened = list(self.k), list(self.v), self.shortened
         return twin
 
     @property
@@ -139,9 +140,11 @@ def run(program, cold: str, page_size: int, rollback: int, near: int, folder: Pa
             try:
                 cache.crop(-count)
             except RollbackExceeded:
-                assert cold == "drop" and count > rollback
+                # earlier crops and changes of profile use up slack as well
+                assert cold == "drop" and (count > rollback or session.shortened)
             else:
                 session.crop(count)
+                session.shortened = True
         elif operation == "offload":
             cache.offload()
         elif operation == "layer":
@@ -166,7 +169,7 @@ def run(program, cold: str, page_size: int, rollback: int, near: int, folder: Pa
             except CacheError as error:
                 assert cold == "drop" and "has dropped" in str(error)
             else:
-                session.profile = wanted
+                session.profile, session.shortened = wanted, True
     for session in sessions:  # whatever was moved and not used since
         session.feed(1, generator)
         session.feed(5, generator)
