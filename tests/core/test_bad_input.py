@@ -41,7 +41,9 @@ def survives(model, cache, ids, mask=None):
     more = torch.tensor([[5]]).expand(len(ids), 1)
     after = None if mask is None else torch.cat([mask, torch.ones(len(ids), 1, dtype=torch.long)], 1)
     assert cache.get_seq_length() == ids.shape[1]
-    torch.testing.assert_close(forward(model, more, cache, after), forward(model, more, fresh, after), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        forward(model, more, cache, after), forward(model, more, fresh, after), atol=1e-6, rtol=0
+    )
 
 
 # ------------------------------------------------------------------------------------------- building the cache

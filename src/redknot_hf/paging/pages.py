@@ -396,6 +396,25 @@ class LayerPages:
             self.pool.release(self.table[surplus])
             self.table[surplus] = 0
         self._changed()
+        if removed.any():
+            self._blank(removed)
+
+    def _blank(self, removed: np.ndarray) -> None:
+        """Zero the slots of cropped tokens that share a page with others, as slots are that were never written.
+
+        Attention gives hidden slots a weight of zero, and zero times a NaN would be NaN.
+        """
+        if self.shared:
+            self._unshare(removed)
+        column = np.arange(int(removed.max()))
+        rows = self.rows(self.lens[:, None] + column, np.arange(self.num_heads))
+        rows = rows[np.broadcast_to((column < removed[:, None])[:, None], rows.shape)]
+        rows = rows[rows >= self.pool.page_size]  # the others' pages have been given back
+        if len(rows):
+            index = torch.from_numpy(np.unique(rows)).to(self.pool.k.device)
+            with self.pool.lock:
+                for slab in (self.pool.k, self.pool.v):
+                    slab.view(-1, slab.shape[2]).index_fill_(0, index, 0)
 
     def set_rollback(self, rollback: int) -> None:
         """Change the number of extra ring slots, moving what the local heads hold into the new ring."""

@@ -84,16 +84,16 @@ class PagePool:
             PoolExhausted: the capacity is fixed and too small, or the device has no memory for larger slabs. Nothing
                 has changed then.
         """
-        missing = count - self.num_free
-        if missing <= 0:
-            return
-        if self.capacity is not None:
-            raise PoolExhausted(
-                f"the page pool needs {count} free pages ({count * self.page_bytes:,} bytes) but only {self.num_free} of its "
-                f"{self.capacity} are free; make max_cache_len larger, the batch smaller, or release other caches first"
-            )
-        rows = max(self.num_pages + missing, int(self.num_pages * GROWTH))
-        with self.lock:
+        with self.lock:  # forks on other threads count free pages and grow the slabs, too
+            missing = count - self.num_free
+            if missing <= 0:
+                return
+            if self.capacity is not None:
+                raise PoolExhausted(
+                    f"the page pool needs {count} free pages ({count * self.page_bytes:,} bytes) but only {self.num_free} "
+                    f"of its {self.capacity} are free; make max_cache_len larger, the batch smaller, or release other caches first"
+                )
+            rows = max(self.num_pages + missing, int(self.num_pages * GROWTH))
             try:  # one slab after the other, so that only one of them is there twice at any time
                 grown = []
                 for name in ("k", "v"):
