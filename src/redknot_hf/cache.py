@@ -260,7 +260,8 @@ class RedKnotCache(Cache):
             if step is None or layer.seen != step.start or step.length != length:
                 raise CacheError(
                     f"layer {layer.index} holds {layer.seen} tokens and gets {length}, the other layers hold "
-                    f"{self.seen}: an earlier forward was interrupted. Call cache.reset() and feed the prompt again"
+                    f"{self.seen}: an earlier forward was interrupted, or another thread uses this cache, too. Call "
+                    "cache.reset() and feed the prompt again; give each thread its own cache or a fork()"
                 )
             if step.thread != threading.get_ident():
                 self._refuse_second_thread()
