@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--selectors", nargs="+", default=["boundary", DEFAULT_SELECTOR])
     parser.add_argument("--stores", nargs="+", default=["memory", "file"], choices=["memory", "host", "file"])
     parser.add_argument("--folder", type=Path, help="for the file store; default: a temporary one")
+    parser.add_argument("--verify", choices=["full", "header"], default="full", help="of what files hold")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each run")
     parser.add_argument("--profile", help="head profile; default: all heads global")
     parser.add_argument(
@@ -135,7 +136,7 @@ def main() -> None:
     stores = {
         "memory": lambda: SegmentStore("memory://", device=device),
         "host": lambda: SegmentStore("memory://", pin_memory=device.startswith("cuda")),
-        "file": lambda: SegmentStore(f"file://{folder}"),
+        "file": lambda: SegmentStore(f"file://{folder}", verify=args.verify),
     }
     actions: dict[str, Callable[[], Any]] = {}
 
@@ -203,6 +204,7 @@ def main() -> None:
         "segments": len(documents),
         "ratio": args.ratio,
         "cold_files": args.cold,
+        "verify": args.verify,
         "versions": {
             "redknot_hf": __version__,
             "torch": torch.__version__,

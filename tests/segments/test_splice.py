@@ -75,6 +75,22 @@ def test_rows_attend_by_position(which, model_window):
     assert (again.double() - want).abs().max() < 1e-5
 
 
+def test_the_operator_is_given_the_same_problem(monkeypatch):
+    """What GPUs run, through the operator's own CPU implementation: linear storage seen as pages."""
+    torch.manual_seed(2)
+    k, v = torch.randn(2, 4, 640, 16), torch.randn(2, 4, 640, 16)
+    positions = np.sort(np.random.default_rng(0).choice(600, 170, replace=False))
+    q = torch.randn(2, 8, 170, 16)
+    sink, window = np.array([0, 4, 4, 3]), np.array([KEEP_ALL, 32, 32, 100])
+    spec = AttentionSpec(0.3, model_window=40)
+    monkeypatch.setattr("redknot_hf.segments.rows._kernel_serves", lambda q, k, v: True)
+    rows = RowSet(positions, "cpu")
+    for _ in range(2):  # the second time with what the first has uploaded
+        got = attend_rows(q, rows, k, v, sink, window, spec)
+        want = dense_rows(q, k, v, positions, sink, window, spec)
+        assert (got.double() - want).abs().max() < 1e-5
+
+
 def test_a_local_row_does_not_read_the_whole_prompt():
     rows = RowSet(np.concatenate([np.arange(a, a + 8) for a in range(0, 40000, 1000)]), "cpu")
     assert max(b.sinks + b.high - b.low for b in rows.blocks(4, 256, 0)) <= 4 + 256 + 8

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from .codec import CorruptEntry, SegmentEntry
+from .transfer import to_device
 
 __all__ = ["SegmentRows", "pack", "unpack"]
 
@@ -62,11 +63,10 @@ def unpack(
             f"it holds {entry.num_tokens} tokens from position {entry.start} in {len(groups or [])} layers; expected "
             f"{tokens} from {start} in {layers}"
         )
-    stacks = {}
     for name, tensor in entry.tensors.items():
         if tensor.dim() != 4 or tensor.shape[2] != tokens or tensor.dtype != dtype:
             raise CorruptEntry(f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {dtype} with {tokens} tokens")
-        stacks[name] = tensor.to(device, non_blocking=True)
+    stacks = to_device(entry.tensors, device)
     keys, values, taken = [], [], [0] * (len(stacks) // 2)
     try:
         for group in groups:

@@ -63,6 +63,7 @@ class RowSet:
         self.device = torch.device(device)
         self.partial = partial if partial is not None and partial.any() else None
         self._masks: dict[tuple[int, int, int], list[Block] | None] = {}
+        self.uploaded: dict[tuple[torch.Size, bytes, bytes], tuple[torch.Tensor, ...]] = {}
 
     def __len__(self) -> int:
         return len(self.host)
@@ -180,8 +181,9 @@ def attention_weights(
     q: torch.Tensor, rows: RowSet, k: torch.Tensor, sink: np.ndarray, window: np.ndarray, spec: AttentionSpec
 ) -> torch.Tensor:
     """The probabilities that `attend_rows` uses, fp32 ``[batch, kv_heads, group, n, slots]``: for a few rows only."""
-    grouped = q.unflatten(1, (k.shape[1], -1)).float()
-    scores = grouped @ k[:, :, None].float().transpose(3, 4) * spec.scale
+    group = q.shape[1] // k.shape[1]
+    packed = q.unflatten(1, (k.shape[1], group)).flatten(2, 3)
+    scores = (packed.to(k.dtype) @ k.transpose(2, 3)).float().unflatten(2, (group, -1)) * spec.scale
     if spec.softcap:
         scores = torch.tanh(scores / spec.softcap) * spec.softcap
     key = torch.arange(k.shape[2], device=k.device)
@@ -234,19 +236,27 @@ def _attend_by_kernel(
     window: np.ndarray,
     spec: AttentionSpec,
 ) -> torch.Tensor:
-    batch, heads, slots, _ = k.shape
-    pages = slots // PAGE
-    device = q.device
-    table = torch.arange(batch * heads * pages, dtype=torch.int32, device=device).view(batch, heads, pages)
+    key = (k.shape, sink.tobytes(), window.tobytes())
+    if key not in rows.uploaded:  # the same for every layer of a kind
+        batch, heads, slots, _ = k.shape
+        pages = slots // PAGE
+        rows.uploaded[key] = (
+            rows.positions.to(torch.int32).expand(batch, -1).contiguous(),
+            torch.arange(batch * heads * pages, dtype=torch.int32, device=q.device).view(batch, heads, pages),
+            torch.full((batch,), slots, dtype=torch.int32, device=q.device),  # rows are causal: nothing behind is read
+            torch.from_numpy(np.asarray(sink, np.int32)).to(q.device),
+            torch.from_numpy(np.asarray(window, np.int32)).to(q.device),
+        )
+    positions, table, lens, sinks, windows = rows.uploaded[key]
     return segpaged_attention.prefill_positions(
         q,
-        rows.positions.to(torch.int32).expand(batch, -1).contiguous(),
+        positions,
         k.view(-1, PAGE, k.shape[3]),
         v.view(-1, PAGE, v.shape[3]),
         table,
-        torch.full((batch,), slots, dtype=torch.int32, device=device),  # rows are causal: nothing behind is read
-        torch.from_numpy(np.asarray(sink, np.int32)).to(device),
-        torch.from_numpy(np.asarray(window, np.int32)).to(device),
+        lens,
+        sinks,
+        windows,
         spec.scale,
         spec.softcap,
         None if spec.s_aux is None else spec.s_aux.float(),
