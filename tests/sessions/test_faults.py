@@ -28,7 +28,7 @@ from redknot_hf.paging.pool import PagePool
 from redknot_hf.sessions import DamagedFile, container, files
 from redknot_hf.sessions.container import Source, read_container, write_container
 
-MANY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
