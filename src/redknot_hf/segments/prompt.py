@@ -113,7 +113,7 @@ class SegmentedPrompt:
             self.header
         )  # what documents are computed behind; something else makes reuse worse, as baselines do
         self.device = next(model.parameters()).device
-        self._segments: dict[str, tuple[int, ...]] = {}
+        self._segments: dict[str, SegmentKey] = {}
         self._identity = dict(
             model=model_fingerprint(model),
             rope=self.relocator.signature,
@@ -154,7 +154,7 @@ class SegmentedPrompt:
 
     def _register(self, segment: Tokens) -> SegmentKey:
         key = self._key(self._ids(segment, "segment"), self.behind)
-        self._segments[key.hex] = key.token_ids
+        self._segments[key.hex] = key
         return key
 
     def _key(self, ids: Sequence[int], header: Sequence[int]) -> SegmentKey:
@@ -317,7 +317,7 @@ class SegmentedPrompt:
     def _resolve(self, segment: Tokens) -> SegmentKey:
         if isinstance(segment, str):
             if segment in self._segments:
-                return self._key(self._segments[segment], self.behind)
+                return self._segments[segment]
             if len(segment) == 64 and all(c in "0123456789abcdef" for c in segment):
                 raise RedKnotError(
                     f"segments: {segment[:12]}... was not added to this SegmentedPrompt; ids hold no tokens, so call "
@@ -339,8 +339,9 @@ class SegmentedPrompt:
     @staticmethod
     def _is_exact(index: int, keys: list[SegmentKey], places: list[Place]) -> bool:
         """Whether a segment stands where and behind what it was computed."""
-        before = [i for key in keys[:index] for i in key.token_ids]
-        return places[index].start == places[index].rows.start and before == list(keys[index].header_ids)
+        if places[index].start != places[index].rows.start:
+            return False
+        return keys[index].header_ids == tuple(i for key in keys[:index] for i in key.token_ids)
 
     def _view(
         self,
