@@ -237,7 +237,11 @@ def bench_append(report: Report, shape: Shape, tiny: bool) -> None:
 
 
 def bars(report: Report, limits: dict[str, float]) -> list[dict]:
-    """What the project asks of these kernels, and what was measured. Bars whose cases did not run are left out."""
+    """What the project asks of these kernels, and what was measured. Bars whose cases did not run are left out.
+
+    Bandwidth is that of a pure read, which is what decode does and the highest there is: a copy inside a CUDA graph is a
+    memcpy node and was measured at little more than half of it.
+    """
     found = []
 
     def bar(name: str, measured: float | None, target: float, unit: str, at_least: bool) -> None:
@@ -251,9 +255,9 @@ def bars(report: Report, limits: dict[str, float]) -> list[dict]:
         if row["kind"] != "decode" or row["method"] != "segpaged" or row["us"] is None:
             continue
         fixed = 10.0 if row["items"] >= 256 else 8.0
-        bar(f"decode {row['case']}", row["us"], fixed + row["bytes"] / limits["copy"] / 1e3, "us per layer", False)
+        bar(f"decode {row['case']}", row["us"], fixed + row["bytes"] / limits["read"] / 1e3, "us per layer", False)
         if row["bytes"] >= 500e6:
-            bar(f"decode {row['case']}, share of copy bandwidth", row["gb_s"] / limits["copy"], 0.95, "ratio", True)
+            bar(f"decode {row['case']}, share of read bandwidth", row["gb_s"] / limits["read"], 0.95, "ratio", True)
     for tokens, share, factor in (("8K", 0.85, None), ("32K", 0.95, 5.5), ("128K", 0.95, 7.3)):
         dense = report.us("prefill", f"{tokens} {MAIN}", "SDPA cudnn, full")
         whole = report.us("prefill", f"{tokens} all global", "segpaged")
