@@ -34,7 +34,7 @@ def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, attention_ma
     """sdpa's mask, always materialised; the padding is kept aside for the positions."""
     if attention_mask is not None and attention_mask.shape[1] < kv_length:
         raise NotUnderstood("a padding mask narrower than the keys")
-    if attention_mask is not None:  # a decoder asks for a cross-attention mask, too, without padding
+    if "allow_is_bidirectional_skip" not in kwargs:  # masks of encoders and of cross-attention say nothing of positions
         _now.padding = attention_mask
     kwargs = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(
