@@ -122,7 +122,7 @@ def attention_call_mass(
         keys, seen = found
     else:
         keys = key
-        visible = _ordinary(key, mask, n, rows)
+        visible = _ordinary(key, mask, n, rows, past)
         if visible is None:
             return None
         seen = visible
@@ -135,7 +135,7 @@ def _take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _ordinary(key: torch.Tensor, mask: Any, n: int, rows: torch.Tensor | slice) -> torch.Tensor | None:
+def _ordinary(key: torch.Tensor, mask: Any, n: int, rows: torch.Tensor | slice, past: int) -> torch.Tensor | None:
     """bool ``[batch or 1, 1 or heads, count, keys]`` for a call over plain tensors."""
     keys = key.shape[2]
     if keys < n:
@@ -145,7 +145,8 @@ def _ordinary(key: torch.Tensor, mask: Any, n: int, rows: torch.Tensor | slice) 
     if mask is None:
         index = torch.arange(n, device=key.device)
         index = index[rows][None] if isinstance(rows, slice) else rows
-        return (torch.arange(keys, device=key.device) <= index[..., None] + (keys - n))[:, None]
+        # no mask: plain causal. Keys of a static cache go on behind the last query, so the ends do not line up
+        return (torch.arange(keys, device=key.device) <= index[..., None] + past)[:, None]
     if mask.shape[2] != n or mask.shape[1] != 1:
         return None
     mask = mask[..., :keys]
@@ -201,7 +202,7 @@ def _paged(
     if model_window:
         seen &= j > p - model_window
     if mask is not None and not (isinstance(mask, RedKnotMask) and mask.is_causal):
-        pattern = _ordinary(key, mask, n, rows)
+        pattern = _ordinary(key, mask, n, rows, 0)
         if pattern is None or longest:
             return None
         seen = seen & pattern
