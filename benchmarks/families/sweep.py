@@ -4,7 +4,7 @@
     python benchmarks/families/sweep.py llama gpt_oss   # some; prints only
     python benchmarks/families/sweep.py --render FILE   # docs/families.md from a committed result
 
-What is compared is in tests/families/family_check.py. CPU only; a minute or two.
+What is compared is in tests/families/family_check.py and generation_matrix.py. CPU only; two or three minutes.
 """
 
 from __future__ import annotations
@@ -50,6 +50,17 @@ def run(names: list[str]) -> dict[str, dict]:
         finally:
             signal.alarm(0)
         print(f"{name:28s} {summary(results[name])}", flush=True)
+    return results
+
+
+def run_matrix() -> dict[str, dict[str, str]]:
+    """The outcome of every way to generate for the families of the matrix."""
+    from generation_matrix import FAMILIES, MODES, cell
+
+    results = {}
+    for family in FAMILIES:
+        results[family] = {mode: cell(family, mode) for mode in MODES}
+        print(f"{family:28s} " + "  ".join(f"{mode}: {found}" for mode, found in results[family].items()), flush=True)
     return results
 
 
@@ -138,9 +149,43 @@ def render(data: dict) -> str:
             message = r["M4"].get("message") or r["M0"].get("message") or ""
             outcomes = " | ".join(r[rung]["outcome"] for rung in ("fallback", "M0", "M4"))
             lines.append(f"| {name} | {outcomes} | {_one_line(message, 170)} |")
+    lines += _matrix(data["generation"])
     lines += ["", "## Not built", "", "| family | why |", "|---|---|"]
     lines += [f"| {name} | {_one_line(results[name]['not built'], 170)} |" for name in groups.get("not built", [])]
     return "\n".join(lines) + "\n"
+
+
+def _matrix(results: dict[str, dict[str, str]]) -> list[str]:
+    modes = list(next(iter(results.values())))
+    notes: list[str] = []
+    rows = []
+    for family, cells in results.items():
+        marks = []
+        for outcome in cells.values():
+            if outcome in ("passed", "passed, as each row alone"):
+                marks.append("passed" if outcome == "passed" else "passed *")
+                continue
+            word, _, why = outcome.partition(": ")
+            if why not in notes:
+                notes.append(why)
+            marks.append(f"{'n/a' if word == 'not applicable' else word} [{notes.index(why) + 1}]")
+        rows.append(f"| {family} | " + " | ".join(marks) + " |")
+    counts = Counter(outcome.split(":")[0].split(",")[0] for cells in results.values() for outcome in cells.values())
+    return [
+        "",
+        "## Ways to generate",
+        "",
+        "A RedKnotCache with global heads under `redknot` against `DynamicCache` under the family's default "
+        f"implementation: tokens and logits. {', '.join(f'{n} {word}' for word, n in counts.most_common())}.",
+        "",
+        "| family | " + " | ".join(modes) + " |",
+        "|---|" + "---|" * len(modes),
+        *rows,
+        "",
+        "* Equal to each row without padding. With `DynamicCache` the padding between a prompt and what follows takes "
+        "places in the sliding window, because transformers counts columns there; a RedKnotCache counts tokens.",
+        *(f"\n[{number}] {_one_line(note, 200)}" for number, note in enumerate(notes, 1)),
+    ]
 
 
 def _one_line(text: str, limit: int) -> str:
@@ -172,11 +217,13 @@ def main() -> int:
             "date": datetime.date.today().isoformat(),
             "command": "python benchmarks/families/sweep.py",
             "families": results,
+            "generation": run_matrix(),
         }
         path = ROOT / "benchmarks" / "results" / f"families-{transformers.__version__}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(data, indent=1).replace("Infinity", '"inf"') + "\n")
         print(path)
+        page.write_text(render(data))
     return 1 if any(verdict(result) == "WRONG" for result in results.values()) else 0
 
 
