@@ -191,13 +191,25 @@ class RedKnotLayer(CacheLayerMixin):
 
     def __init__(self, cache: RedKnotCache, index: int, model_window: int | None = None):
         super().__init__()
-        self.cache, self.index, self.model_window = cache, index, model_window
+        self.cache = cache
+        self.index, self.model_window = index, model_window
         self.is_sliding = model_window is not None
         self.seen = 0
         self.rollback = cache.rollback
         self.pages: LayerPages | None = None
         self.kernel: kernel_path.KernelLayer | None = None
         self.pending: Handle | None = None
+
+    @property
+    def cache(self) -> RedKnotCache:
+        """The cache, held weakly: a dropped cache frees its pages at once and not when cycles are collected."""
+        cache = self._cache()
+        assert cache is not None, "the cache of this layer is gone"
+        return cache
+
+    @cache.setter
+    def cache(self, cache: RedKnotCache) -> None:
+        self._cache = weakref.ref(cache)
 
     def __repr__(self) -> str:
         return f"RedKnotLayer({self.index}, tokens={self.seen})"
