@@ -39,6 +39,8 @@ def dense_rows(q, k, v, positions, sink, window, spec):
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1).double(), v.repeat_interleave(group, 1).double()
     scores = q.double() @ k.transpose(2, 3) * spec.scale
+    if spec.softcap:
+        scores = torch.tanh(scores / spec.softcap) * spec.softcap
     j = torch.arange(k.shape[2])
     p = torch.from_numpy(positions)[:, None]
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=torch.float64)
@@ -51,9 +53,9 @@ def dense_rows(q, k, v, positions, sink, window, spec):
     return out.transpose(1, 2)
 
 
-@pytest.mark.parametrize("model_window", [0, 40])
+@pytest.mark.parametrize(("model_window", "softcap"), [(0, 0.0), (40, 0.0), (0, 2.0)])
 @pytest.mark.parametrize("which", ["all", "scattered", "runs", "one"])
-def test_rows_attend_by_position(which, model_window):
+def test_rows_attend_by_position(which, model_window, softcap):
     torch.manual_seed(1)
     length = 600
     k, v = torch.randn(1, 4, 640, 16), torch.randn(1, 4, 640, 8)
@@ -65,7 +67,7 @@ def test_rows_attend_by_position(which, model_window):
     }[which]
     q = torch.randn(1, 8, len(positions), 16)
     sink, window = np.array([0, 4, 4, 3]), np.array([KEEP_ALL, 32, 32, 100])
-    spec = AttentionSpec(0.3, model_window=model_window)
+    spec = AttentionSpec(0.3, softcap, model_window=model_window)
     rows = RowSet(positions, "cpu")
     want = dense_rows(q, k, v, positions, sink, window, spec)
     got = attend_rows(q, rows, k, v, sink, window, spec)
@@ -93,7 +95,7 @@ def test_the_operator_is_given_the_same_problem(monkeypatch):
 
 def test_a_local_row_does_not_read_the_whole_prompt():
     rows = RowSet(np.concatenate([np.arange(a, a + 8) for a in range(0, 40000, 1000)]), "cpu")
-    assert max(b.sinks + b.high - b.low for b in rows.blocks(4, 256, 0)) <= 4 + 256 + 8
+    assert max(b.sinks + b.high - b.low for b in rows.blocks(4, 256, 0, 1, True, torch.zeros(1))) <= 4 + 256 + 8
 
 
 @pytest.mark.parametrize("family", FAMILIES)

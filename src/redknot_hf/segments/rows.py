@@ -33,12 +33,12 @@ __all__ = ["PAGE", "RowSet", "attend_rows", "attention_weights", "kinds"]
 
 PAGE = 64  # slots are padded to whole pages, so that the kernel can read linear storage as pages
 # Rows of one masked call. A block reads the keys up to its last row: small ones waste less, large ones are fewer.
-CPU_BLOCK, GPU_BLOCK = 128, 1024
+CPU_BLOCK, GPU_BLOCK = 64, 1024
 MASK_ELEMENTS = 1 << 27  # masks above this are made for each layer anew instead of being kept for the forward
 
 
 class Block(NamedTuple):
-    """Rows [start, stop) over the first ``sinks`` keys and the keys [low, high); mask bool [1, 1, rows, keys]."""
+    """Rows [start, stop) over the first ``sinks`` keys and the keys [low, high); mask [1, 1, group * rows, keys]."""
 
     start: int
     stop: int
@@ -62,7 +62,7 @@ class RowSet:
         self.host = np.asarray(positions, np.int64)
         self.device = torch.device(device)
         self.partial = partial if partial is not None and partial.any() else None
-        self._masks: dict[tuple[int, int, int], list[Block] | None] = {}
+        self._masks: dict[tuple[int, int, int, int, torch.dtype | None], list[Block]] = {}
         self.uploaded: dict[tuple[torch.Size, bytes, bytes], tuple[torch.Tensor, ...]] = {}
 
     def __len__(self) -> int:
@@ -87,15 +87,24 @@ class RowSet:
         """Some of the rows, by ascending index into these."""
         return RowSet(self.host[index], self.device, None if self.partial is None else self.partial[index])
 
-    def blocks(self, sink: int, window: int, model_window: int) -> Iterator[Block]:
-        """The calls that heads of one sink and window take; masks are kept for the next layer while they are small."""
-        key = (sink, window, model_window)
+    def blocks(
+        self, sink: int, window: int, model_window: int, group: int, plain: bool, like: torch.Tensor
+    ) -> list[Block]:
+        """The calls that heads of one sink and window take; masks are kept for the next layer while they are small.
+
+        Args:
+            group: query heads per KV head; the rows of a mask are repeated that often.
+            plain: masks may be additive, of the dtype of ``like``; otherwise they are bool.
+        """
+        additive = like.dtype if plain and like.device.type == "cpu" else None  # sdpa would convert them in every layer
+        key = (sink, window, model_window, group, additive)
         if key not in self._masks:
             plan = list(self._plan(sink, window))
-            size = sum((b - a) * (sinks + high - low) for a, b, sinks, low, high in plan)
-            self._masks[key] = [self._block(*p, *key) for p in plan] if size <= MASK_ELEMENTS else None
-        kept = self._masks[key]
-        return iter(kept) if kept is not None else (self._block(*p, *key) for p in self._plan(sink, window))
+            blocks = [self._block(*place, *key) for place in plan]
+            if sum(block.mask.numel() for block in blocks) > MASK_ELEMENTS:
+                return blocks
+            self._masks[key] = blocks
+        return self._masks[key]
 
     def _plan(self, sink: int, window: int) -> Iterator[tuple[int, int, int, int, int]]:
         rows = CPU_BLOCK if self.device.type == "cpu" else GPU_BLOCK
@@ -111,7 +120,17 @@ class RowSet:
                 yield int(start), int(stop), sink, low, last + 1
 
     def _block(
-        self, start: int, stop: int, sinks: int, low: int, high: int, sink: int, window: int, model_window: int
+        self,
+        start: int,
+        stop: int,
+        sinks: int,
+        low: int,
+        high: int,
+        sink: int,
+        window: int,
+        model_window: int,
+        group: int,
+        additive: torch.dtype | None,
     ) -> Block:
         query = self.positions[start:stop, None]
         keys = torch.arange(low, high, device=self.device)
@@ -121,7 +140,10 @@ class RowSet:
             seen &= (key < sink) | (key > query - window)
         if model_window:
             seen &= key > query - model_window
-        return Block(start, stop, sinks, low, high, seen[None, None])
+        mask = seen.repeat(group, 1)
+        if additive is not None:
+            mask = torch.zeros(mask.shape, dtype=additive).masked_fill_(~mask, float("-inf"))
+        return Block(start, stop, sinks, low, high, mask[None, None])
 
 
 def attend_rows(
@@ -166,13 +188,15 @@ def attend_rows(
             parts.append((heads, out.unflatten(1, (len(heads), -1))))
             continue
         outs = []
-        for block in rows.blocks(s, w, spec.model_window):
+        group = mine.shape[2]
+        for block in rows.blocks(s, w, spec.model_window, group, spec.plain, q):
             near_k, near_v = keys[:, :, block.low : block.high], values[:, :, block.low : block.high]
             if block.sinks:
                 near_k = torch.cat([keys[:, :, : block.sinks], near_k], 2)
                 near_v = torch.cat([values[:, :, : block.sinks], near_v], 2)
-            part = mine[:, :, :, block.start : block.stop]
-            outs.append(torch_attention._attend_grouped(part, near_k, near_v, block.mask, spec, heads))
+            part = mine[:, :, :, block.start : block.stop].flatten(2, 3)
+            out = torch_attention._attend(part, near_k, near_v, block.mask, spec, heads, group)
+            outs.append(out.unflatten(2, (group, -1)))
         parts.append((heads, torch.cat(outs, 3) if len(outs) > 1 else outs[0]))
     return torch_attention._join(parts, num_heads).flatten(1, 2).transpose(1, 2).contiguous()
 
@@ -182,19 +206,24 @@ def attention_weights(
 ) -> torch.Tensor:
     """The probabilities that `attend_rows` uses, fp32 ``[batch, kv_heads, group, n, slots]``: for a few rows only."""
     group = q.shape[1] // k.shape[1]
-    packed = q.unflatten(1, (k.shape[1], group)).flatten(2, 3)
-    scores = (packed.to(k.dtype) @ k.transpose(2, 3)).float().unflatten(2, (group, -1)) * spec.scale
+    packed = (q * spec.scale).unflatten(1, (k.shape[1], group)).flatten(2, 3)
+    scores = (packed.to(k.dtype) @ k.transpose(2, 3)).float().unflatten(2, (group, -1))
     if spec.softcap:
         scores = torch.tanh(scores / spec.softcap) * spec.softcap
-    key = torch.arange(k.shape[2], device=k.device)
     query = rows.positions[:, None]
-    causal = key <= query
-    if spec.model_window:
-        causal &= key > query - spec.model_window
-    s = torch.from_numpy(np.asarray(sink, np.int64)).to(k.device)[:, None, None]
-    w = torch.from_numpy(np.asarray(window, np.int64)).to(k.device)[:, None, None]
-    seen = causal & ((key < s) | (key > query - w))
-    scores = scores.masked_fill(~seen[None, :, None], float("-inf"))
+    if (np.asarray(window) >= KEEP_ALL).all() and not spec.model_window:
+        behind = int(rows.host[0]) + 1  # everybody sees what lies before
+        unseen = torch.arange(behind, k.shape[2], device=k.device) > query
+        scores[..., behind:].masked_fill_(unseen, float("-inf"))
+    else:
+        key = torch.arange(k.shape[2], device=k.device)
+        causal = key <= query
+        if spec.model_window:
+            causal &= key > query - spec.model_window
+        s = torch.from_numpy(np.asarray(sink, np.int64)).to(k.device)[:, None, None]
+        w = torch.from_numpy(np.asarray(window, np.int64)).to(k.device)[:, None, None]
+        seen = causal & ((key < s) | (key > query - w))
+        scores.masked_fill_(~seen[None, :, None], float("-inf"))
     if spec.s_aux is not None:
         extra = spec.s_aux.float().view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
         return torch.cat([scores, extra], -1).softmax(-1)[..., :-1]

@@ -146,12 +146,15 @@ class _Attention(Observer):
         self.total: torch.Tensor | None = None
         self.count = 0
 
-    def queries(self, layer: SpliceLayer, rows: RowSet, q: torch.Tensor, spec: AttentionSpec) -> None:
-        assert layer.k is not None
+    def queries(self, layer: SpliceLayer, rows: RowSet, q: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+        assert layer.k is not None and layer.v is not None
         weights = attention_weights(q, rows, layer.k[:, :, : self.length], layer.sink, layer.window, spec)
         mass = weights[0].mean((0, 1, 2))
         self.total = mass if self.total is None else self.total + mass
         self.count += 1
+        values = layer.v[:, :, : self.length]
+        out = weights.to(values.dtype).flatten(2, 3) @ values  # [batch, kv_heads, group * n, dim]
+        return out.unflatten(2, (-1, len(rows))).flatten(1, 2).transpose(1, 2).to(q.dtype).contiguous()
 
     def result(self) -> np.ndarray:
         assert self.total is not None

@@ -53,8 +53,13 @@ class Observer:
     def rows(self, layer: SpliceLayer, rows: RowSet, k: torch.Tensor, v: torch.Tensor) -> None:
         """Called before the new keys and values ``[batch, kv_heads, n, dim]`` of the rows replace what is stored."""
 
-    def queries(self, layer: SpliceLayer, rows: RowSet, q: torch.Tensor, spec: AttentionSpec) -> None:
-        """Called with the queries ``[batch, q_heads, n, dim]`` when the storage is ready to be attended over."""
+    def queries(self, layer: SpliceLayer, rows: RowSet, q: torch.Tensor, spec: AttentionSpec) -> torch.Tensor | None:
+        """Called with the queries ``[batch, q_heads, n, dim]`` when the storage is ready to be attended over.
+
+        Returns:
+            The result of attention ``[batch, n, q_heads, dim]`` if the observer has computed it anyway, else None.
+        """
+        return None
 
 
 class SpliceLayer(CacheLayerMixin):
@@ -150,7 +155,9 @@ class SpliceLayer(CacheLayerMixin):
         handle.release()
         self.cache.consumed += 1
         if self.cache.observer is not None:
-            self.cache.observer.queries(self, rows, query, spec)
+            out = self.cache.observer.queries(self, rows, query, spec)
+            if out is not None:
+                return out
         return attend_rows(query, rows, self.k, self.v, self.sink, self.window, spec)
 
     def _overwrite(self, rows: RowSet, k: torch.Tensor, v: torch.Tensor) -> None:
