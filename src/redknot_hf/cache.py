@@ -153,7 +153,9 @@ class RedKnotCache(Cache):
         """
         if self.profile is None:
             return
-        local = [index for index, row in enumerate(self.profile.head_class) if "local" in row]
+        # (up to transformers 5.20 layers that share an earlier one's keys have no entry in a cache)
+        rows = self.profile.head_class[: len(self.layers)]
+        local = [index for index, row in enumerate(rows) if "local" in row]
         unserved = [index for index in local if not isinstance(self.layers[index], RedKnotLayer)]
         if not unserved:
             return

@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "families"))
 from family_check import mixed_profile
 from tiny_families import tiny_model
 
+SPREAD = 1e-4  # gemma4's own fp32 error against fp64 scores is 4e-5
 HYBRIDS = ["qwen3_next", "lfm2", "jamba", "nemotron_h", "olmo_hybrid", "recurrent_gemma"]
 SHARING = ["gemma3n_text", "gemma4_text"]
 CHUNKED = ["llama4_text"]
@@ -50,7 +51,7 @@ def test_beams_equal_dynamic_cache(family):
     ids, mask = padded([20, 13])
     options = dict(num_beams=3, num_return_sequences=2, max_new_tokens=6)
     assert_same(
-        generate(model, ours(model), ids, mask, **options), generate(model, plain(model), ids, mask, **options), 3e-5
+        generate(model, ours(model), ids, mask, **options), generate(model, plain(model), ids, mask, **options), SPREAD
     )
 
 
@@ -62,7 +63,7 @@ def test_multi_turn_equals_dynamic_cache(family):
         first = generate(model, cache, tokens(20), max_new_tokens=5)
         text = torch.cat([first.sequences, tokens(1, seed=3)], 1)
         outs.append(generate(model, cache, text, torch.ones_like(text), max_new_tokens=5))
-    assert_same(*outs, 3e-5)
+    assert_same(*outs, SPREAD)
 
 
 # recurrent_gemma keeps its recurrent state in the model, not in the cache: with DynamicCache, too, caches share it
@@ -89,7 +90,7 @@ def test_chunks_over_shared_keys_equal_the_dense_mask(family, chunk):
         want = forward(model, ids, full_cache(model.config))
     cache = ours(model, profile)
     got = torch.cat([forward(model, part, cache) for part in ids.split(chunk, 1)], 1)
-    torch.testing.assert_close(got, want, atol=3e-5, rtol=0)
+    torch.testing.assert_close(got, want, atol=SPREAD, rtol=0)
 
 
 @pytest.mark.parametrize("family", SHARING)
@@ -99,7 +100,7 @@ def test_shared_keys_survive_crop_fork_and_assisted_decoding(family):
     profile = mixed_profile(model.config)
     with dense_reference(model, profile):
         want = generate(model, full_cache(model.config), ids, prompt_lookup_num_tokens=3)
-    assert_same(generate(model, ours(model, profile), ids, prompt_lookup_num_tokens=3), want, 1e-4)
+    assert_same(generate(model, ours(model, profile), ids, prompt_lookup_num_tokens=3), want, SPREAD)
     cache, fresh = ours(model, rollback=4), ours(model, rollback=4)
     forward(model, ids, cache)
     cache.crop(-4)
