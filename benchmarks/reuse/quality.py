@@ -370,9 +370,7 @@ def head_map(model: Any, name: str | None) -> HeadProfile:
     return profile or HeadProfile.uniform(model.config, global_heads=0.15)
 
 
-def report(
-    args: argparse.Namespace, model: Any, table: list[dict[str, Any]], profile: HeadProfile, took: float
-) -> None:
+def report(args: argparse.Namespace, table: list[dict[str, Any]], profile: HeadProfile, took: float) -> None:
     device = torch.cuda.get_device_name(0) if args.device.startswith("cuda") else platform.processor() or "cpu"
     facts = {
         "date": str(date.today()),

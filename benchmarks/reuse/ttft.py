@@ -15,6 +15,8 @@ the files from the page cache before each run), each filled beforehand: what is 
 from __future__ import annotations
 
 import argparse
+import gzip
+import itertools
 import json
 import os
 import platform
@@ -112,8 +114,11 @@ def main() -> None:
     parser.add_argument(
         "--global-heads", type=float, help="share of global heads of a made-up profile (4 + 256 elsewhere)"
     )
+    parser.add_argument("--text", type=Path, help="documents from this .txt or .gz (with --model); default: random ids")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    if args.text and not args.model:
+        parser.error("--text needs the tokenizer of --model")
 
     model = load(args)
     device = args.device
@@ -127,6 +132,20 @@ def main() -> None:
 
     def some(n: int) -> list[int]:
         return torch.randint(3, config.vocab_size, (n,), generator=generator).tolist()
+
+    if args.text:  # random ids draw the query's attention to the end of the prompt, and late rows cost most
+        from transformers import AutoTokenizer
+
+        raw = gzip.open(args.text, "rt") if args.text.suffix == ".gz" else args.text.open()
+        with raw as file:
+            text = file.read(12 * (args.tokens + args.header_tokens + args.query_tokens))
+        words = iter(AutoTokenizer.from_pretrained(args.model)(text, add_special_tokens=False)["input_ids"])
+
+        def some(n: int) -> list[int]:
+            taken = list(itertools.islice(words, n))
+            if len(taken) < n:
+                sys.exit(f"--text: {args.text} holds too few tokens")
+            return taken
 
     header, query = some(args.header_tokens), some(args.query_tokens)
     documents = [some(args.segment_tokens) for _ in range(max(1, args.tokens // args.segment_tokens))]
@@ -203,6 +222,7 @@ def main() -> None:
         "prompt_tokens": ids.shape[1],
         "segments": len(documents),
         "ratio": args.ratio,
+        "text": str(args.text) if args.text else "random ids",
         "cold_files": args.cold,
         "verify": args.verify,
         "versions": {
