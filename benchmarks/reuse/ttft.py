@@ -136,8 +136,8 @@ def main() -> None:
     if args.text:  # random ids draw the query's attention to the end of the prompt, and late rows cost most
         from transformers import AutoTokenizer
 
-        raw = gzip.open(args.text, "rt") if args.text.suffix == ".gz" else args.text.open()
-        with raw as file:
+        opened = gzip.open if args.text.suffix == ".gz" else open
+        with opened(args.text, "rt") as file:
             text = file.read(12 * (args.tokens + args.header_tokens + args.query_tokens))
         words = iter(AutoTokenizer.from_pretrained(args.model)(text, add_special_tokens=False)["input_ids"])
 
