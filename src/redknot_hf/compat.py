@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,3 +66,9 @@ def runs_sdpa(config: Any) -> bool:
 
 def is_compiling() -> bool:
     return torch.compiler.is_compiling()
+
+
+def passed_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a forward's keyword arguments: ``past_key_values`` until 5.23, ``cache`` from 5.24 on."""
+    found = arguments.get("past_key_values")
+    return arguments.get("cache") if found is None else found

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import compat
 from ..masks import RedKnotMask
 from ..segments.rows import RowSet
 from ..segments.splice import Observer, SpliceCache, SpliceLayer
@@ -78,7 +79,7 @@ def rows_of(arguments: dict[str, Any], least: int) -> Rows | None:
     batch, count = given.shape[:2]
     if count < least:
         return None  # told before anything that waits for the device: decode steps come here
-    cache = arguments.get("past_key_values")
+    cache = compat.passed_cache(arguments)
     if isinstance(cache, SpliceCache):
         return Rows(batch, count, given.device, splice=cache)
     past = int(cache.get_seq_length()) if cache is not None else 0

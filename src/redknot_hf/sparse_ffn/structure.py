@@ -27,7 +27,7 @@ __all__ = ["Block", "decoder_of", "find_blocks", "gathered_rows"]
 PROBE_TOKENS = 8
 SOME_ROWS = (2, 5)  # rows that are fed alone to see whether rows are independent
 TOLERANCE = 2e-2  # of the largest value: other row counts take other GEMM tiles, in bf16 they differ by about 4e-3
-_MIXER_WORDS = {"attention_mask", "past_key_values", "position_embeddings", "position_ids", "cache_params"}
+_MIXER_WORDS = {"attention_mask", "past_key_values", "cache", "position_embeddings", "position_ids", "cache_params"}
 
 
 @dataclass(frozen=True)
