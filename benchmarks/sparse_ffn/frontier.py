@@ -103,9 +103,9 @@ def graded(layers: int) -> dict[str, list[tuple[int, float]]]:
     late, last = layers * 2 // 3, layers - 1
     tenth = max(1, layers // 10)
     return {
-        "flat 0.33/0": [(late, 0.33), (last, 0.0)],
+        "flat 0.60/0": [(late, 0.6), (last, 0.0)],
+        "flat 0.31/0": [(late, 0.31), (last, 0.0)],
         "late 0.20/0": [(late + 1, 0.2), (last, 0.0)],
-        "later 0.07/0": [(late + 2, 0.07), (last, 0.0)],
         "graded 0.6/0.2/0.1/0": [(late, 0.6), (late + tenth, 0.2), (late + 2 * tenth, 0.1), (last, 0.0)],
         "graded 0.45/0.15/0": [(late, 0.45), ((late + layers) // 2, 0.15), (last, 0.0)],
     }
@@ -235,8 +235,14 @@ def summarise(rows: list[dict[str, Any]], importance: dict[str, str]) -> list[di
         groups[row["set"], row["schedule"]].append(row)
     found = []
     for (part, name), group in sorted(groups.items()):
+        kind = importance.get(name, "dense" if name == "dense" else "other")
         kl = torch.tensor([row["kl"] for row in group], dtype=torch.float64)
-        entry = {"set": part, "schedule": name, "importance": importance.get(name, "dense"), "n": len(group)}
+        entry = {
+            "set": part,
+            "schedule": name,
+            "importance": kind,
+            "n": len(group),
+        }
         entry["ffn_rows"] = sum(row["rows"] for row in group) / len(group)
         entry["kl"] = float(kl.mean())
         entry["kl_stderr"] = float(kl.std() / len(group) ** 0.5) if len(group) > 1 else None
@@ -285,6 +291,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     blocks = find_blocks(model)
     table = configurations(len(blocks), args.importances, not args.quick)
+    importance = {name: entry[0] for name, entry in table.items()}
     if args.only:
         table = {name: entry for name, entry in table.items() if any(word in name for word in args.only)}
     path = args.out / "rows.jsonl"
@@ -307,7 +314,7 @@ def main() -> None:
                     file.flush()
                 print(f"[{time.time() - start:6.0f}s] {part} {index + 1}/{len(samples)}", flush=True)
     timing = time_prefill(model, args) if args.time_tokens else None
-    summary = summarise(rows, {name: entry[0] for name, entry in table.items()})
+    summary = summarise(rows, importance)
     report = {
         "command": " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%d"),

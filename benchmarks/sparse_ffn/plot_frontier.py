@@ -30,7 +30,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axes[0].axhline(0.008, color="grey", linewidth=0.8)
     axes[1].set(xlabel="share of FFN rows run", ylabel="needle exact match")
     for entry in report["quality"]:
-        if entry["importance"] == "dense":
+        if entry["importance"] == "dense" and "match" in entry:
             axes[1].axhline(entry["match"], color="grey", linewidth=0.8)
     axes[0].legend(fontsize=7)
     timing = report.get("time")
