@@ -115,6 +115,7 @@ def render(data: dict) -> str:
         "not built": "no tiny model of it could be built or run with transformers alone",
     }
     lines += [f"| {word} | {total[word]} | {meaning} |" for word, meaning in meanings.items() if total[word]]
+    lines += _versions(data)
     lines += [
         "",
         '*Fallback* is `attn_implementation="redknot"` with the family\'s ordinary cache against its default '
@@ -153,6 +154,23 @@ def render(data: dict) -> str:
     lines += ["", "## Not built", "", "| family | why |", "|---|---|"]
     lines += [f"| {name} | {_one_line(results[name]['not built'], 170)} |" for name in groups.get("not built", [])]
     return "\n".join(lines) + "\n"
+
+
+def _versions(data: dict) -> list[str]:
+    """What the committed results of other versions say."""
+    lines = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("families-*.json")):
+        other = json.loads(path.read_text())
+        if other["transformers"] != data["transformers"]:
+            total = Counter(map(verdict, other["families"].values()))
+            cells = [outcome for row in other["generation"].values() for outcome in row.values()]
+            failed = sum(outcome.startswith("failed") for outcome in cells)
+            counts = ", ".join(f"{number} {word}" for word, number in total.most_common())
+            lines += [
+                "",
+                f"transformers {other['transformers']}: {counts}; {len(cells)} ways to generate, {failed} failed.",
+            ]
+    return lines
 
 
 def _matrix(results: dict[str, dict[str, str]]) -> list[str]:

@@ -261,9 +261,14 @@ M10 = {
 @pytest.mark.parametrize("mode", M10)
 def test_m10_with_global_heads_equals_dynamic_cache(some_model, mode):
     ids = repetitive()
-    assert_same(
-        generate(some_model, global_cache(some_model), ids, **M10[mode]), by_default(some_model, ids, **M10[mode])
-    )
+    got = generate(some_model, global_cache(some_model), ids, **M10[mode])
+    try:
+        want = by_default(some_model, ids, **M10[mode])
+    except ValueError as problem:  # transformers 5.14
+        if "Cannot `crop`" not in str(problem):
+            raise
+        pytest.skip("DynamicCache cannot take tokens back from sliding layers in this version")
+    assert_same(got, want)
 
 
 @pytest.mark.parametrize("mode", M10)

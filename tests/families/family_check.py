@@ -31,7 +31,7 @@ OUTCOMES = {
     "no reference": "the comparison itself is not possible",
 }
 TOLERANCE = 2e-5  # of the largest logit: fp32 sums in another order
-LARGEST_SPREAD = 1e-3  # a family whose own fp32 error against fp64 scores is larger is not measured by this
+LARGEST_SPREAD = 1e-4  # what a family's own fp32 error against fp64 scores may excuse
 PROMPT, PADDING, STEPS, SINK, WINDOW = 21, 6, 6, 2, 5
 
 
@@ -92,13 +92,26 @@ def _compare(base: Any, run: Any, spread: float = 0.0) -> dict[str, Any]:
 
 
 def _spread(model: Any, base: Any) -> float:
-    """How far the family's default implementation is from fp64 scores, 0 where that cannot be measured."""
+    """How far a run is from fp64 scores; inf where the tokens differ, 0 where it cannot be measured."""
     try:
         with dense_reference(model):
-            found = difference(base, generate(model, full_cache(model.config)))
+            return difference(base, generate(model, full_cache(model.config)))
     except Exception:
         return 0.0
-    return found if found < LARGEST_SPREAD else 0.0
+
+
+def trusted(model: Any) -> str:
+    """The implementation to compare with: the family's default, unless that is wrong and eager is not.
+
+    transformers 5.17 runs gemma2 with sdpa, which leaves out the family's softcap without a word.
+    """
+    default = model.config.get_text_config(decoder=True)._attn_implementation
+    if default != "eager" and _spread(model, generate(model)) > LARGEST_SPREAD:
+        model.set_attn_implementation("eager")
+        better = _spread(model, generate(model)) <= TOLERANCE
+        model.set_attn_implementation(default)
+        return "eager" if better else default
+    return default
 
 
 def _own_error(model: Any) -> str | None:
@@ -120,6 +133,10 @@ def check_family(model_type: str) -> dict[str, Any]:
         except Exception as problem:
             return {"not built": f"{type(problem).__name__}: {problem}"}
         result: dict[str, Any] = {"default": model.config.get_text_config(decoder=True)._attn_implementation}
+        if (instead := trusted(model)) != result["default"]:
+            result["compared with"] = instead
+            model.set_attn_implementation(instead)
+            base = generate(model)
         if not torch.isfinite(torch.stack(base.logits)).all():
             return {"not built": "the tiny model's own logits are not finite"}
         with contextlib.suppress(Exception):
@@ -127,7 +144,7 @@ def check_family(model_type: str) -> dict[str, Any]:
         runs_redknot = model.config.get_text_config(decoder=True)._attn_implementation == "redknot"
         result["attention"] = "redknot" if runs_redknot else "own"
 
-        spread = _spread(model, base) if runs_redknot else 0.0
+        spread = min(_spread(model, base), LARGEST_SPREAD) if runs_redknot else 0.0
         result["spread"] = spread
         result["fallback"] = _compare(base, lambda: generate(model), spread)
         if not runs_redknot:
@@ -193,4 +210,4 @@ class _WentThrough(Exception):
     pass
 
 
-__all__ = ["OUTCOMES", "check_family", "generate", "inputs", "mixed_profile"]
+__all__ = ["OUTCOMES", "check_family", "generate", "inputs", "mixed_profile", "trusted"]
