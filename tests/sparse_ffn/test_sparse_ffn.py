@@ -227,6 +227,18 @@ def test_received_attention_in_a_later_chunk_and_behind_padding(local):
         assert not got[mask == 0].any()
 
 
+def test_padding_does_not_ask():
+    """A row with fewer real tokens than query rows: columns behind its end see its keys, but have no say."""
+    model, ids = tiny("llama"), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, 3:] = 0
+    expected = received(model, ids[:1, :3], 0, 5, rule_mask(3, 0, 999)[None].expand(2, -1, -1))
+    for make in (lambda: None, DynamicCache, lambda: RedKnotCache(model.config)):
+        got = published(model, lambda make=make: model(ids, attention_mask=mask, past_key_values=make()), 0)
+        assert torch.allclose(got[0, :3], expected[0], atol=1e-5)
+        assert not got[0, 3:].any()
+
+
 def test_attention_norm_and_hidden_change_are_what_they_say():
     model, ids = tiny("qwen3"), tokens(1, 40)
     added, entered = {}, {}

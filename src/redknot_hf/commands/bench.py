@@ -189,29 +189,30 @@ def _profile(args: argparse.Namespace, model: Any) -> tuple[HeadProfile | None, 
 
 
 def _table(ledger: Ledger, profile_name: str) -> str:
+    wide = max(len(entry.name) for entry in ledger.entries) + 2
     lines = [
         f"prefill of {ledger.batch} x {ledger.tokens} tokens, {ledger.model}, {ledger.dtype} on {ledger.device} "
         f"({ledger.threads} threads), median of {ledger.repeats}; head classes: {profile_name}",
         "",
-        f"{'':34}{'FLOPs':>9}{'saved':>8}{'seconds':>10}{'saved':>8}{'realised':>10}{'KV bytes':>11}{'peak':>10}",
+        f"{'':{wide}}{'FLOPs':>9}{'saved':>8}{'seconds':>10}{'saved':>8}{'realised':>10}{'KV bytes':>11}{'peak':>10}",
     ]
     for entry in ledger.entries:
         realised = ledger.realised(entry)
         peak = "-" if entry.peak_bytes is None else _bytes(entry.peak_bytes)
         lines.append(
-            f"{entry.name:34}{_flops(entry.flops['total']):>9}{ledger.saved_flops(entry):>8.1%}"
+            f"{entry.name:{wide}}{_flops(entry.flops['total']):>9}{ledger.saved_flops(entry):>8.1%}"
             f"{entry.seconds:>10.4f}{ledger.saved_seconds(entry):>8.1%}"
             f"{'-' if realised is None else f'{realised:.0%}':>10}{_bytes(entry.kv_bytes):>11}{peak:>10}"
         )
     lines += ["", "FLOPs by part, and seconds of the modules (timed apart, one run):"]
     lines.append(
-        f"{'':34}{'project.':>9}{'attention':>10}{'FFN':>8}{'choice':>8}{'head':>8}  |"
+        f"{'':{wide}}{'project.':>9}{'attention':>10}{'FFN':>8}{'choice':>8}{'head':>8}  |"
         f"{'attention':>10}{'FFN':>9}{'rest':>9}{'FFN rows':>10}{'moved':>10}"
     )
     for entry in ledger.entries:
         f, s = entry.flops, entry.part_seconds
         lines.append(
-            f"{entry.name:34}{_flops(f['projections']):>9}{_flops(f['attention']):>10}{_flops(f['ffn']):>8}"
+            f"{entry.name:{wide}}{_flops(f['projections']):>9}{_flops(f['attention']):>10}{_flops(f['ffn']):>8}"
             f"{_flops(f['selection']):>8}{_flops(f['head']):>8}  |{s['attention']:>10.4f}{s['ffn']:>9.4f}"
             f"{s['rest']:>9.4f}{entry.ffn_rows:>10.1%}{_bytes(entry.moved_bytes):>10}"
         )

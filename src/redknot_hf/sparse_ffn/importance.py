@@ -23,6 +23,7 @@ from ..segments.rows import RowSet, attention_weights
 __all__ = ["attention_call_mass", "last_rows", "received_mass", "splice_call_mass"]
 
 SCORES = 1 << 26  # elements of one fp32 score matrix
+LOWEST = torch.finfo(torch.float32).min  # not -inf: a query that sees nothing must not become NaN
 
 
 def received_mass(
@@ -47,27 +48,30 @@ def received_mass(
         fp32 ``[batch, keys]``.
     """
     batch, kv_heads, keys, _ = k.shape
-    grouped = q.unflatten(1, (kv_heads, -1)).float()
+    grouped = (q.float() * scale).unflatten(1, (kv_heads, -1))
     group, n = grouped.shape[2:4]
+    asks = seen.any(-1)  # a query that sees nothing is padding
+    if counts is not None:
+        asks = asks & counts[:, None]
+    asks = asks[:, :, None].expand(batch, -1, group, -1).float()
+    hidden = ~seen
     at_once = max(1, SCORES // max(1, batch * group * n * keys))
     total = q.new_zeros(batch, keys, dtype=torch.float32)
     for first in range(0, kv_heads, at_once):
         heads = slice(first, first + at_once)
         scores = (grouped[:, heads].flatten(2, 3) @ k[:, heads].float().transpose(2, 3)).unflatten(2, (group, n))
-        scores *= scale
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
-        mine = seen if seen.shape[1] == 1 else seen[:, heads]
-        scores.masked_fill_(~mine[:, :, None], float("-inf"))
+        scores.masked_fill_((hidden if hidden.shape[1] == 1 else hidden[:, heads])[:, :, None], LOWEST)
         if s_aux is not None:
             extra = s_aux.float().view(1, kv_heads, group, 1, 1)[:, heads].expand(*scores.shape[:-1], 1)
             weights = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
         else:
             weights = scores.softmax(-1)
-        weights = weights.nan_to_num(0.0)  # queries that see nothing: padding
-        if counts is not None:
-            weights = weights * counts[:, None, None, :, None]
-        total += weights.sum((1, 2, 3))
+        mine = asks if asks.shape[1] == 1 else asks[:, heads]
+        mine = mine.expand(-1, weights.shape[1], -1, -1)
+        # a product instead of a sum: one pass over the weights
+        total += (mine.reshape(batch, 1, -1) @ weights.reshape(batch, -1, keys))[:, 0]
     return total
 
 
@@ -186,18 +190,22 @@ def _paged(
         slab = pages.pool.k.view(-1, pages.pool.k.shape[2])
         keys = torch.cat([slab.index_select(0, index).view(batch, heads, longest, -1).to(key.dtype), key], 2)
     if real is None:
+        if (past == longest).all():
+            old = old[:1]  # one line of positions for all sequences
         fresh = old[:, None] + torch.arange(n, device=device)
     else:
         fresh = torch.where(real, old[:, None] + real.cumsum(1) - 1, -1)
-    position = torch.cat([torch.where(held < old[:, None], held, -1), fresh], 1)  # of every key, -1 for none
-    mine = fresh[:, rows] if isinstance(rows, slice) else fresh.gather(1, rows)
+    position = torch.cat([torch.where(held < old[:, None], held, -1), fresh], 1).int()  # of every key, -1 for none
+    mine = (fresh[:, rows] if isinstance(rows, slice) else fresh.gather(1, rows)).int()
     p, j = mine[:, None, :, None], position[:, None, None]
-    sink, window = layer.sink, layer.window
-    if layer.cache.prefill == "full" and step.start == 0:
-        sink, window = np.zeros(heads, np.int64), np.full(heads, KEEP_ALL, np.int64)
-    s = torch.from_numpy(np.asarray(sink, np.int64)).to(device)[:, None, None]
-    w = torch.from_numpy(np.asarray(window, np.int64)).to(device)[:, None, None]
-    seen = (j >= 0) & (j <= p) & ((j < s) | (j > p - w))
+    seen = j <= p
+    if real is not None or longest:
+        seen &= j >= 0
+    sink, window = np.asarray(layer.sink, np.int64), np.asarray(layer.window, np.int64)
+    if (window < KEEP_ALL).any() and not (layer.cache.prefill == "full" and step.start == 0):
+        s = torch.from_numpy(sink).int().to(device)[:, None, None]
+        w = torch.from_numpy(window).int().to(device)[:, None, None]
+        seen = seen & ((j < s) | (j > p - w))
     model_window = sliding_window or layer.model_window
     if model_window:
         seen &= j > p - model_window

@@ -153,9 +153,10 @@ class Run:
         if layer not in self.observed or self.rows.splice is not None or query.shape[2] != self.rows.count:
             return
         rows = self.rows
+        real = None if rows.real is None else rows.real.to(query.device)  # layers may lie on several devices
         with torch.no_grad():
             self.received = attention_call_mass(
-                query, key, mask, scale, softcap, s_aux, sliding_window, rows.real, self._queries(), rows.past
+                query, key, mask, scale, softcap, s_aux, sliding_window, real, self._queries(), rows.past
             )
 
     def see_splice(self, layer: SpliceLayer, rows: RowSet, query: torch.Tensor, spec: Any) -> None:
@@ -228,6 +229,7 @@ class Run:
         before, now = self.previous_input, self.input
         if before is None or now is None or before.shape != now.shape:
             return None
+        before = before.to(now.device)
         return _norm(now.float() - before.float()) / _norm(before).clamp_min(1e-12)
 
     def _always_rows(self, batch: int, count: int, device: torch.device) -> tuple[torch.Tensor, int | None]:
