@@ -167,9 +167,8 @@ def _ordinary_attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     queries, keys = query.shape[2], key.shape[2]
     if attention_mask is None and causal and queries > 1:
-        attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[
-            None, None
-        ]
+        # as sdpa's is_causal means it: aligned at the start, for a static cache is longer than what it holds
+        attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, lowest)
