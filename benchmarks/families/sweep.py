@@ -83,7 +83,7 @@ def verdict(result: dict) -> str:
     if outcomes["M0"] == outcomes["M4"] == "equal" and result["layers"]["paged"]:
         # where hiding the far keys changes nothing, M4 could not have failed
         return "supported" if float(result["M4"]["effect"]) > LEAST_EFFECT else "unknown"
-    return "refused" if outcomes["M0"] == "refused" else "exact only"
+    return "refused" if outcomes["M0"] in ("refused", "plain") else "exact only"
 
 
 def render(data: dict) -> str:
