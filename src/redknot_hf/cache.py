@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from . import compat
 from .errors import CacheError, RedKnotError, UnsupportedModel
 from .heads import HeadProfile
+from .heads.model_shape import text_config
 from .kernel_path import Lengths
 from .layer import Handle, RedKnotLayer, Step, effective_window
 from .memory import MemoryReport
@@ -90,7 +91,7 @@ class RedKnotCache(Cache):
             raise RedKnotError(f"tp_rank={tp_rank}, tp_size={tp_size}: expected 0 <= tp_rank < tp_size")
         if not hasattr(config, "get_text_config"):
             raise RedKnotError(f"config={type(config).__name__}: expected the model's config, e.g. model.config")
-        self.config = compat.text_config(config)
+        self.config = text_config(config)
         self.profile = _resolve_profile(config, profile)
         if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
             raise RedKnotError(f"max_cache_len={max_cache_len!r}: expected a number of tokens, or None to grow")
@@ -288,8 +289,7 @@ class RedKnotCache(Cache):
                 )
         if self.defers:
             self.flush()
-        if self.step is not None and self.step.fresh is not None:
-            self.padding.append((self.step.start, self.step.fresh.cpu().numpy()))
+        self._remember_padding()
         self.step = Step(self.seen, length, layer.batch_size)
         self.seen += length
 
@@ -420,28 +420,34 @@ class RedKnotCache(Cache):
     def lengths(self, step: Step, before: np.ndarray, device: torch.device) -> Lengths:
         """Tokens stored around ``step``, on ``device``; counted there, uploaded only after rows were changed."""
         if device not in step.lengths:
+            fed = None if step.order is None else Lengths.upload(step.new, device)  # type: ignore[arg-type]
+            state = self._states.get(device)
+            if state is not None:  # the static form counts in place
+                step.lengths[device] = Lengths(state.before, state.after, fed)
+                return step.lengths[device]
             start = self._device_lens.get(device)
             if start is None:
                 start = Lengths.upload(before, device)
-            fed = None if step.order is None else Lengths.upload(step.new, device)  # type: ignore[arg-type]
-            after = start + (step.length if fed is None else fed)
-            if device in self._states:  # counted in place already
-                start, after = self._states[device].before, self._states[device].after
-            step.lengths[device] = Lengths(start, after, fed)
-            self._device_lens[device] = after
+            self._device_lens[device] = start + (step.length if fed is None else fed)
+            step.lengths[device] = Lengths(start, self._device_lens[device], fed)
         return step.lengths[device]
 
     def real_columns(self, batch: int, columns: int) -> np.ndarray:
         """Which logical columns hold real tokens, bool ``[batch, columns]``."""
         real = np.ones((batch, columns), bool)
         chunks = list(self.padding)
-        if self.step is not None and self.step.fresh is not None:
-            chunks.append((self.step.start, self.step.fresh.cpu().numpy()))
+        if self.step is not None and self.step.real is not None:
+            chunks.append((self.step.start, self.step.real))
         for start, fresh in chunks:
             width = min(fresh.shape[1], columns - start)
             if width > 0:
                 real[:, start : start + width] = fresh[:, :width]
         return real
+
+    def _remember_padding(self) -> None:
+        """The step is over: keep which of its columns are padding."""
+        if self.step is not None and self.step.real is not None:
+            self.padding.append((self.step.start, self.step.real))
 
     def flush(self) -> None:
         """Store chunks that were kept back for layers sharing keys."""
@@ -452,8 +458,7 @@ class RedKnotCache(Cache):
         """Before the rows are changed from outside: everything stored, no step open."""
         self._pull()
         self.flush()
-        if self.step is not None and self.step.fresh is not None:
-            self.padding.append((self.step.start, self.step.fresh.cpu().numpy()))
+        self._remember_padding()
         self.step, self.last_handle, self._device_lens = None, None, {}
 
     # ------------------------------------------------------------------------------- transformers' Cache contract

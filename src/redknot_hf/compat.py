@@ -33,11 +33,6 @@ def tensor_parallel(model: Any) -> tuple[int, int]:
     return (mesh["tp"] if "tp" in names else mesh).get_local_rank(), size
 
 
-def text_config(config: Any) -> Any:
-    """The configuration of the decoder that a cache belongs to."""
-    return config.get_text_config(decoder=True)
-
-
 def shares_kv(config: Any, layers: list[Any]) -> bool:
     """Whether some layers attend over the keys of an earlier layer instead of their own (gemma3n, gemma4)."""
     modes = getattr(config, "kv_sharing_modes", None)

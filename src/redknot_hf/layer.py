@@ -20,7 +20,7 @@ from .attention import HANDLE, NAME
 from .errors import CacheError, UnsupportedModel
 from .masks import CacheLength, RedKnotMask
 from .paging import torch_attention
-from .paging.pages import KEEP_ALL, LayerPages
+from .paging.pages import LayerPages
 from .paging.torch_attention import AttentionSpec
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Step:
 
     Attributes:
         new: int64 ``[batch]``, real tokens of each row; None until the first layer has seen the mask.
+        real: bool ``[batch, length]`` on the host, which columns are real tokens, or None without padding.
         order: int64 ``[batch, length]`` that moves each row's real tokens to the front, or None without padding.
         pattern: bool ``[batch, 1, length, keys]`` when the mask of the layer that attends now is not causal.
         lengths: the tokens stored, for each device with kernels.
@@ -47,6 +48,7 @@ class Step:
         self.start, self.length, self.batch = start, length, batch
         self.thread = threading.get_ident()
         self.new: np.ndarray | None = None
+        self.real: np.ndarray | None = None
         self.fresh: torch.Tensor | None = None
         self.order: torch.Tensor | None = None
         self.pattern: torch.Tensor | None = None
@@ -89,8 +91,11 @@ class Step:
         fresh = real[:, self.start :]
         self.new = fresh.sum(1).astype(np.int64)
         if not fresh.all():
-            self.fresh = torch.from_numpy(fresh.copy()).to(padding.device)
+            self.real = fresh.copy()
+            self.fresh = torch.from_numpy(self.real).to(padding.device)
             self.order = torch.argsort(~self.fresh, dim=1, stable=True)
+            self.back = torch.argsort(self.order, dim=1)
+            self.behind = ~self.fresh.gather(1, self.order)
 
     def use_pattern(self, mask: Any) -> None:
         """Set `pattern` for a layer with this mask: sliding and full layers of one forward have different ones.
@@ -117,23 +122,22 @@ class Step:
     @property
     def positions(self) -> np.ndarray:
         """Request position of every column of a first chunk, int64 ``[batch, length]``."""
-        if self.fresh is None:
+        if self.real is None:
             return np.broadcast_to(np.arange(self.length), (self.batch, self.length))
-        return np.maximum(self.fresh.cpu().numpy().cumsum(1) - 1, 0)
+        return np.maximum(self.real.cumsum(1) - 1, 0)
 
     def compact(self, x: torch.Tensor) -> torch.Tensor:
         """``[batch, heads, length, dim]`` with each row's real tokens first and zeros behind them."""
         if self.order is None:
             return x
         moved = x.gather(2, self.order[:, None, :, None].expand_as(x))
-        behind = self.fresh.gather(1, self.order)[:, None, :, None]  # type: ignore[union-attr]
-        return moved.masked_fill(~behind, 0)
+        return moved.masked_fill(self.behind[:, None, :, None], 0)
 
     def expand(self, out: torch.Tensor) -> torch.Tensor:
         """The inverse of `compact` for ``[batch, length, heads, dim]``; padding rows are zero."""
         if self.order is None:
             return out
-        back = torch.argsort(self.order, dim=1)[:, :, None, None].expand_as(out)
+        back = self.back[:, :, None, None].expand_as(out)
         return out.gather(1, back).masked_fill(~self.fresh[:, :, None, None], 0)  # type: ignore[index]
 
 
@@ -357,8 +361,7 @@ class RedKnotLayer(CacheLayerMixin):
         few = 1 < step.length <= kernel_path.MAX_DECODE_ROWS and step.order is None and step.pattern is None
         if single or (few and not self.cache.defers and pages.rollback >= step.length - 1 and bool(pages.lens.all())):
             if not handle.stored:
-                kernel.append(handle.k, handle.v, lengths)  # type: ignore[arg-type]
-                pages.advance(step.new)
+                self._append(handle.k, handle.v, step)  # type: ignore[arg-type]
                 self._stored(handle)
             return kernel.decode(query, spec, lengths)
         k, v = step.compact(handle.k), step.compact(handle.v)  # type: ignore[arg-type]
@@ -369,8 +372,7 @@ class RedKnotLayer(CacheLayerMixin):
             out = kernel.prefill(step.compact(query), k, v, spec, lengths, past, self._unwindowed(step))
             out = step.expand(out)
         if not self.cache.defers:
-            kernel.append(k, v, lengths)
-            pages.advance(step.new)
+            self._append(k, v, step)
             self._stored(handle)
         return out
 
@@ -395,16 +397,20 @@ class RedKnotLayer(CacheLayerMixin):
 
     def adopt(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         """Store a whole prompt ``[batch, kv_heads, n, dim]`` in an empty layer; see `RedKnotCache.adopt`."""
-        pages = self._ready(step)
-        assert step.new is not None
+        self._ready(step)
+        self._append(k, v, step)
+        self.seen = step.length
+
+    def _append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        """Store a compact chunk, by the kernels where they serve this layer."""
+        pages = self.pages
+        assert pages is not None and step.new is not None
         if self.kernel is not None:
             self.kernel.sync()
-            empty = kernel_path.Lengths.upload(pages.lens, self.device)
-            self.kernel.append(k, v, kernel_path.Lengths(empty, empty, None))
+            self.kernel.append(k, v, self.cache.lengths(step, pages.lens, self.device))
         else:
             pages.write(k, v, step.new)
         pages.advance(step.new)
-        self.seen = step.length
 
     def _stored(self, handle: Handle) -> None:
         handle.step.stored = True
@@ -441,12 +447,7 @@ class RedKnotLayer(CacheLayerMixin):
         if handle is None or handle.stored or handle.step.new is None or self.pages is None:
             return
         step = handle.step
-        k, v = step.compact(handle.k), step.compact(handle.v)  # type: ignore[arg-type]
-        if self.kernel is not None:
-            self.kernel.append(k, v, self.cache.lengths(step, self.pages.lens, self.device))
-        else:
-            self.pages.write(k, v, step.new)
-        self.pages.advance(step.new)
+        self._append(step.compact(handle.k), step.compact(handle.v), step)  # type: ignore[arg-type]
         handle.release()
 
     # -------------------------------------------------------------------------------------------------- lengths
@@ -568,4 +569,4 @@ def effective_window(
     return sink, window, model_window if (inside & (sink > 0)).any() else 0
 
 
-__all__ = ["KEEP_ALL", "Handle", "RedKnotLayer", "Step", "effective_window"]
+__all__ = ["Handle", "RedKnotLayer", "Step", "effective_window"]

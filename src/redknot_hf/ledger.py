@@ -24,7 +24,7 @@ from torch import nn
 from .cache import RedKnotCache
 from .errors import RedKnotError
 from .heads import HeadProfile
-from .heads.model_shape import model_shape
+from .heads.model_shape import model_shape, text_config
 from .sparse_ffn import SparseFFN, SparseFFNSchedule
 from .sparse_ffn.structure import Block, decoder_of, find_blocks
 
@@ -140,7 +140,7 @@ def prefill_flops(
     config: Any = decoder_of(model).config
     shape = model_shape(config)
     blocks = find_blocks(model)
-    text = config.get_text_config(decoder=True)
+    text = text_config(config)
     rows = batch * tokens
     found = dict.fromkeys(PARTS, 0.0)
     for block in blocks:
@@ -224,7 +224,7 @@ def measure_prefill(
     device = next(model.parameters()).device
     if ids is None:
         generator = torch.Generator().manual_seed(0)
-        vocabulary = config.get_text_config(decoder=True).vocab_size
+        vocabulary = text_config(config).vocab_size
         ids = torch.randint(0, vocabulary, (batch, tokens), generator=generator)
     ids = ids.to(device)
     plans: list[tuple[str, HeadProfile | None, SparseFFNSchedule | None]] = [("dense", None, None)]
@@ -314,7 +314,7 @@ def _rows_run(
         return None, 0
     stats = context.stats
     shares = [run / seen if seen else 1.0 for run, seen in zip(stats.run, stats.seen, strict=True)]
-    width = config.get_text_config(decoder=True).hidden_size * next(model.parameters()).element_size()
+    width = text_config(config).hidden_size * next(model.parameters()).element_size()
     # a row is read and written once in gathering, once in scattering; the zeros of all rows are written
     moved = sum(4 * run + seen for run, seen in zip(stats.run, stats.seen, strict=True) if run < seen) * width
     return shares, moved

@@ -125,10 +125,6 @@ class StaticPages(LayerPages):
         self.lens = np.zeros_like(self.lens)
         self.oldest = np.broadcast_to(self.sink.astype(np.int64), self.oldest.shape).copy()
 
-    def used_pages(self) -> np.ndarray:
-        """Pages that hold tokens, int64 ``[batch, kv_heads]``."""
-        return self.pages_for(self.lens)
-
 
 class StaticHandle:
     """The handle of a decode step: the token is stored already. Made and read inside compiled code."""

@@ -23,6 +23,7 @@ from .. import compat
 from ..errors import CacheError, RedKnotError, shorten
 from ..heads import HeadProfile
 from ..heads.codec import from_document, to_document
+from ..heads.model_shape import text_config
 from ..layer import RedKnotLayer
 from ..paging.pages import LayerPages
 from ..paging.pool import PagePool
@@ -54,7 +55,7 @@ _CONFIG_FIELDS = (
 
 def config_digest(config: Any) -> str:
     """64 hex digits over the fields of a config that keys and values depend on; names and dtypes do not matter."""
-    text = compat.text_config(config)
+    text = text_config(config)
     fields = {name: getattr(text, name, None) for name in _CONFIG_FIELDS}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 

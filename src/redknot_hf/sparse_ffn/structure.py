@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from .. import compat
 from ..errors import RedKnotError, UnsupportedModel
+from ..heads.model_shape import text_config
 
 __all__ = ["Block", "decoder_of", "find_blocks", "gathered_rows"]
 
@@ -88,7 +88,7 @@ def find_blocks(model: torch.nn.Module) -> list[Block]:
 
 def _layers(decoder: torch.nn.Module) -> torch.nn.ModuleList:
     config: Any = getattr(decoder, "config", None)
-    count = getattr(compat.text_config(config), "num_hidden_layers", None) if config is not None else None
+    count = getattr(text_config(config), "num_hidden_layers", None) if config is not None else None
     lists = [module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
     if count is not None:
         lists = [module for module in lists if len(module) == count]
@@ -173,7 +173,7 @@ def _watch(decoder: torch.nn.Module, layers: torch.nn.ModuleList) -> list[_Seen]
             hooks.append(child.register_forward_hook(after_child(entry, name), with_kwargs=True))
     device = next(decoder.parameters()).device
     ids = torch.arange(1, 1 + PROBE_TOKENS, device=device)[None]
-    vocabulary = getattr(compat.text_config(decoder.config), "vocab_size", None) or 1 << 30
+    vocabulary = getattr(text_config(decoder.config), "vocab_size", None) or 1 << 30
     try:
         decoder(input_ids=ids % vocabulary, use_cache=False)
     except RedKnotError:
