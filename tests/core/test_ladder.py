@@ -25,6 +25,7 @@ from core_models import (
     tokens,
 )
 from dense_reference import dense_reference, full_cache
+from transformers import StaticCache
 
 from redknot_hf import HeadProfile, RedKnotCache
 
@@ -76,6 +77,13 @@ def test_m0_a_window_longer_than_the_text_equals_dynamic_cache(model):
 def test_m0_redknot_with_an_ordinary_cache_equals_the_default(model):
     ids, mask = padded([30, 17])
     assert_same(generate(model, plain_cache(model), ids, mask), by_default(model, ids, mask), 2e-7)
+
+
+def test_m0_a_static_cache_longer_than_the_prompt_equals_no_cache(model):
+    ids = tokens(10)
+    got = forward(model, ids, StaticCache(config=model.config, max_cache_len=40), torch.ones_like(ids))
+    want = forward(model, ids, None, torch.ones_like(ids), use_cache=False)
+    torch.testing.assert_close(got, want, atol=LOGITS, rtol=0)
 
 
 def test_m0_no_cache_at_all_equals_the_default(model):
