@@ -58,7 +58,7 @@ def _attention(
     heads, columns = key.shape[1], key.shape[2]
     scaling = scaling if scaling is not None else getattr(module, "scaling", None) or dim**-0.5
     causal = getattr(module, "is_causal", True) and kwargs.get("is_causal") is not False
-    seen = torch.ones(batch, 1, queries, columns, dtype=torch.bool)
+    seen = torch.ones(batch, 1, queries, columns, dtype=torch.bool, device=query.device)
     if attention_mask is not None:
         given = attention_mask[..., :columns]
         seen &= given if given.dtype == torch.bool else given >= 0
@@ -66,7 +66,7 @@ def _attention(
         seen = seen.tril(columns - queries)
     profile = None if _is_chunked(module) else getattr(_now, "profile", None)
     if profile is not None and causal and hasattr(module, "layer_idx") and not getattr(module, "is_cross_attention", 0):
-        seen = seen & _visible(profile, module.layer_idx, batch, heads, queries, columns)
+        seen = seen & _visible(profile, module.layer_idx, batch, heads, queries, columns).to(query.device)
     group = q_heads // heads
     seen = seen.expand(batch, seen.shape[1], queries, columns)
     seen = seen.repeat_interleave(group, 1) if seen.shape[1] == heads else seen
@@ -97,7 +97,7 @@ def _visible(profile, layer: int, batch: int, heads: int, queries: int, columns:
     parts = []
     for head in range(heads):
         if profile.head_class[layer][head] != "local":
-            parts.append(torch.ones(batch, queries, columns, dtype=torch.bool))
+            parts.append(torch.ones(batch, queries, columns, dtype=torch.bool, device=position.device))
             continue
         sink, window = profile.sink[layer][head], profile.window[layer][head]
         parts.append((column < sink) | (column > row - window))
