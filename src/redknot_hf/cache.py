@@ -48,7 +48,8 @@ class RedKnotCache(Cache):
             less.
         max_cache_len: build the static form that holds up to this many tokens, for compiled decoding. None: grow.
         rollback: tokens that `crop` can take back from local heads after eviction.
-        tp_rank, tp_size: which share of the KV heads this process holds; `for_model` fills them in.
+        tp_rank, tp_size: which share of the KV heads this process holds. None: as the config of a model says that
+            transformers has sharded (`tp_plan="auto"`); the profile is that of the whole model in every case.
         cold: what becomes of tokens that leave a local head's window: ``"drop"``, or kept in host memory (``"cpu"``)
             or in a mapped file (``"disk"``), so that `set_profile` can give heads longer windows and `crop` needs no
             rollback. Far pages of retrieval heads then are there, too, instead of on the device.
@@ -75,8 +76,8 @@ class RedKnotCache(Cache):
         page_size: int = 64,
         max_cache_len: int | None = None,
         rollback: int = 0,
-        tp_rank: int = 0,
-        tp_size: int = 1,
+        tp_rank: int | None = None,
+        tp_size: int | None = None,
         cold: str = "drop",
         retrieve: int | float | None = None,
         near_tokens: int = NEAR_TOKENS,
@@ -87,12 +88,19 @@ class RedKnotCache(Cache):
             raise RedKnotError(f"page_size={page_size!r}: expected a power of two from 1 to 1024, such as 64")
         if not isinstance(rollback, int) or isinstance(rollback, bool) or rollback < 0:
             raise RedKnotError(f"rollback={rollback!r}: expected a number of tokens, 0 or more")
-        if not 0 <= tp_rank < tp_size:
-            raise RedKnotError(f"tp_rank={tp_rank}, tp_size={tp_size}: expected 0 <= tp_rank < tp_size")
         if not hasattr(config, "get_text_config"):
             raise RedKnotError(f"config={type(config).__name__}: expected the model's config, e.g. model.config")
+        if tp_rank is None and tp_size is None:
+            tp_rank, tp_size = compat.config_tensor_parallel(config)
+        if tp_rank is None or tp_size is None or not 0 <= tp_rank < tp_size:
+            raise RedKnotError(f"tp_rank={tp_rank}, tp_size={tp_size}: expected 0 <= tp_rank < tp_size, or neither")
         self.config = text_config(config)
         self.profile = _resolve_profile(config, profile)
+        if self.profile is not None and self.profile.num_kv_heads % tp_size:
+            raise RedKnotError(
+                f"tp_size={tp_size}: the model has {self.profile.num_kv_heads} KV heads per layer, which do not divide "
+                "by that. Start as many processes as divide it (torchrun --nproc-per-node)"
+            )
         if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
             raise RedKnotError(f"max_cache_len={max_cache_len!r}: expected a number of tokens, or None to grow")
         self.prefill, self.page_size, self.rollback = prefill, page_size, rollback

@@ -24,13 +24,35 @@ def tokens_to_remove(argument: int, length: int) -> int:
 
 
 def tensor_parallel(model: Any) -> tuple[int, int]:
-    """(rank, world size) of the tensor-parallel mesh that ``model`` was loaded on; (0, 1) without one."""
+    """(rank, world size) of the share of the KV heads that ``model`` feeds as it was loaded; (0, 1) without sharding."""
     size = getattr(model, "_tp_size", None) or 1
-    if size == 1:
+    if size == 1 or not _shards_keys(getattr(model, "_tp_plan", None) or {}):
         return 0, 1
     mesh = model._device_mesh
     names = mesh.mesh_dim_names or ()
     return (mesh["tp"] if "tp" in names else mesh).get_local_rank(), size
+
+
+def config_tensor_parallel(config: Any) -> tuple[int, int]:
+    """The same from a model's config, into which transformers writes the layout of a model that it shards.
+
+    The ranks of one tensor-parallel group are neighbours: tensor parallelism is the last dimension of its mesh.
+    """
+    layout = getattr(config, "distributed_config", None)
+    size = getattr(layout, "tp_size", None) or 1
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    plan, own = getattr(text, "base_model_tp_plan", None) or {}, getattr(layout, "tp_plan", None)
+    if size == 1 or not _shards_keys({**plan, **own} if isinstance(own, Mapping) else plan):
+        return 0, 1
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1  # the config was kept or copied: no sharded model can run in this process
+    return torch.distributed.get_rank() % size, size
+
+
+def _shards_keys(plan: Mapping[str, Any]) -> bool:
+    """Whether a tensor-parallel plan leaves the key heads spread over the ranks. Some gather them again (phi3, olmo3)."""
+    projections = ("k_proj", "qkv_proj", "query_key_value")
+    return any(name.rsplit(".", 1)[-1] in projections and style == "colwise" for name, style in plan.items())
 
 
 def shares_kv(config: Any, layers: list[Any]) -> bool:

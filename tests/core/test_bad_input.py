@@ -97,7 +97,7 @@ def test_something_that_is_no_config(llama):
 
 
 def test_local_head_counts_that_do_not_fit_are_refused_not_guessed(llama):
-    """A tensor-parallel rank feeds a share of the heads; a cache built from the config alone cannot know which."""
+    """A tensor-parallel rank feeds a share of the heads; which one must not be guessed."""
     cache = RedKnotCache(llama.config, mixed(llama.config), tp_rank=0, tp_size=3)
     with refused("3 KV heads", "for_model(model, profile)", kind=CacheError):
         forward(llama, tokens(5), cache)
