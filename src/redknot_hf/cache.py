@@ -135,7 +135,8 @@ class RedKnotCache(Cache):
                     "the cache without max_cache_len"
                 )
             fixed = StaticCache(config=self.config, max_cache_len=max_cache_len).layers
-        super().__init__(layers=[self._layer(i, plain, fixed[i]) for i, plain in enumerate(template)])
+        # not super(): a subclass may also be a DynamicCache, whose own __init__ makes other layers
+        Cache.__init__(self, layers=[self._layer(i, plain, fixed[i]) for i, plain in enumerate(template)])
         self._check_served()
 
     @classmethod
@@ -400,12 +401,13 @@ class RedKnotCache(Cache):
             wanted //= max(1, torch.cuda.device_count() if self.tp_size == 1 else 1)
         pool.reserve(wanted)
 
-    def adopt(self, layers: Iterable[tuple[torch.Tensor, torch.Tensor]], tokens: int) -> None:
+    def adopt(self, layers: Iterable[tuple[torch.Tensor, torch.Tensor] | None], tokens: int) -> None:
         """Take over keys and values that were computed elsewhere; local heads keep what the rule lets them keep.
 
         Args:
             layers: keys (rotated for positions 0, 1, ...) and values, ``[batch, kv_heads, tokens, dim]``, of every layer in
-                order; drawn one by one, so that a layer can be freed once it is stored.
+                order; drawn one by one, so that a layer can be freed once it is stored. None for a layer that was
+                filled in place (`RedKnotLayer.lay_out`).
             tokens: how many, without padding.
 
         Raises:
@@ -417,7 +419,11 @@ class RedKnotCache(Cache):
         if not tokens:
             return
         step: Step | None = None
-        for layer, (k, v) in zip(self.paged_layers, layers, strict=True):
+        for layer, given in zip(self.paged_layers, layers, strict=True):
+            if given is None:
+                layer.settle(tokens)
+                continue
+            k, v = given
             layer.lazy_initialization(k, v)
             if step is None:
                 step = Step(0, tokens, layer.batch_size)

@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.cache_utils import DynamicCache
 from transformers.generation import utils as generation
 from transformers.modeling_utils import PreTrainedModel
 
@@ -62,6 +63,10 @@ class Made:
         return "\n".join(lines)
 
 
+class DefaultRedKnotCache(RedKnotCache, DynamicCache):
+    """The cache that `generate` gets. It is a DynamicCache for those who ask, as suites and encoder-decoder models do."""
+
+
 class _StandIn(type):
     """A class that is called in place of another one and still answers isinstance() for it."""
 
@@ -91,7 +96,7 @@ def _dynamic_cache(made: Made) -> type:
         if args or config is None or offloading or kwargs:
             return plain("offloading" if offloading else "no config to make it from")
         try:
-            cache = RedKnotCache(config, HeadProfile.all_global(config))
+            cache = DefaultRedKnotCache(config, HeadProfile.all_global(config))
         except RedKnotError as refusal:
             return plain(str(refusal))
         if not cache.paged_layers:

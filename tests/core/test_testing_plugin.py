@@ -56,6 +56,7 @@ def test_generate_uses_redknot_and_says_the_same():
         assert model.config._attn_implementation == "redknot"
         got = text(model, tokens(20))
     assert isinstance(got.past_key_values, RedKnotCache) and torch.equal(got.sequences, want.sequences)
+    assert isinstance(got.past_key_values, DynamicCache) and not got.past_key_values.is_compileable
     assert (made.caches, made.models) == (1, 1) and not made.refused and not made.kept
     assert llama().config._attn_implementation == "sdpa"
     assert type(text(llama(), tokens(5)).past_key_values) is DynamicCache
