@@ -45,6 +45,7 @@ class LayerPages:
     """
 
     far: Any = None
+    quantised = False  # whether some pages are not in the pool, and not in its dtype (`frozen.FrozenPages`)
 
     def __init__(
         self,
@@ -119,15 +120,15 @@ class LayerPages:
             PoolExhausted: the pool has too few pages; nothing has changed then that a later call could notice.
         """
         most = int(new.max(initial=0))
-        if not self.shared and most <= self._room:
+        if not self._guarded and most <= self._room:
             self._room -= most
             return
         total = self.lens + new
         have, need = self.pages_for(self.lens), self.pages_for(total)
         if (need > have).any():
             self._grow(have, need)
-        if self.shared:
-            self._unshare(new)
+        if self._guarded:
+            self._own(self._touched(new))
         free_slots = need * self.pool.page_size - self.stored(total)
         free_slots = np.where(self.stored(total) >= self.sink.astype(np.int64) + self.ring, KEEP_ALL, free_slots)
         self._room = int(free_slots.min())
@@ -178,8 +179,13 @@ class LayerPages:
     def _stride(self, pages: int) -> int:
         return pages + max(2, -(-pages // ROOM_FOR_GROWTH)) if self.contiguous else pages
 
-    def _unshare(self, new: np.ndarray) -> None:
-        """Copy on write: replace every page that the next ``new`` tokens are written to and that others hold too."""
+    @property
+    def _guarded(self) -> bool:
+        """Whether pages must be looked at before they are written to."""
+        return self.shared
+
+    def _touched(self, new: np.ndarray) -> np.ndarray:
+        """Which pages the next ``new`` (int64 ``[batch]``) tokens are written to: bool, shaped like the table."""
         touched = np.zeros(self.table.shape, bool)
         heads = np.arange(self.num_heads)
         for row in np.flatnonzero(new > 0):
@@ -188,6 +194,10 @@ class LayerPages:
             head_sinks = np.arange(int(self.lens[row]), min(int(self.sink.max(initial=0)), first))
             slot = self.slots(np.concatenate([head_sinks, positions]), heads)[0] // self.pool.page_size
             np.put_along_axis(touched[row], slot, True, axis=1)
+        return touched
+
+    def _own(self, touched: np.ndarray) -> None:
+        """Copy on write: replace those of these pages (bool, shaped like the table) that others hold too."""
         with self.pool.lock:
             copied = touched & (self.table > 0) & (self.pool.refs[self.table] > 1)
             if copied.any():
@@ -281,13 +291,25 @@ class LayerPages:
         found = self._runs_of(self.ring_heads, "ring", slice(None))
         if found is not None:
             return self._strided(found, self.batch_size, len(self.ring_heads))
-        pages = int(self.pages_for(self.lens)[:, self.ring_heads].max(initial=0))
-        if self._ring_index is None or self._ring_index[0] != pages:
-            index = torch.from_numpy(self.table[:, self.ring_heads, :pages].astype(np.int64).ravel())
-            self._ring_index = (pages, index.to(self.pool.k.device))
-        shape = (self.batch_size, len(self.ring_heads), pages * self.pool.page_size, -1)
-        index = self._ring_index[1]
+        return self.copies(self.ring_heads, int(self.pages_for(self.lens)[:, self.ring_heads].max(initial=0)))
+
+    def copies(self, heads: np.ndarray, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first ``count`` pages of ``heads``: two ``[batch, h, count * page_size, dim]`` copies.
+
+        What a head has no page for is finite and must be masked.
+        """
+        index = self._index(heads, count, self.table)
+        shape = (self.batch_size, len(heads), count * self.pool.page_size, -1)
         return self.pool.k.index_select(0, index).view(shape), self.pool.v.index_select(0, index).view(shape)
+
+    def _index(self, heads: np.ndarray, count: int, table: np.ndarray) -> torch.Tensor:
+        """The entries of the first ``count`` columns on the device; kept until the table changes."""
+        key = (heads.tobytes(), count)
+        if key not in self._indices:
+            self._indices.clear()  # lengths grow: what was read before will not be read again
+            index = torch.from_numpy(table[:, heads, :count].astype(np.int64).ravel())
+            self._indices[key] = index.to(self.pool.k.device)
+        return self._indices[key]
 
     def full_views(self, row: int | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The heads that keep everything as two views ``[batch, h, slots, dim]`` without copying, if their pages allow.
@@ -336,7 +358,7 @@ class LayerPages:
         """The table was edited: forget what was derived from it."""
         self._room = 0
         self._runs: dict[int | str | None, tuple[int, int, int] | None] = {}
-        self._ring_index: tuple[int, torch.Tensor] | None = None
+        self._indices: dict[tuple[bytes, int], torch.Tensor] = {}
         self.version = getattr(self, "version", 0) + 1
 
     # ------------------------------------------------------------------------------------- rows of the batch, forks
@@ -368,6 +390,11 @@ class LayerPages:
         self.oldest = np.broadcast_to(self.sink.astype(np.int64), self.oldest.shape).copy()
         self.shared = False
         self._changed()
+
+    def _drop(self, heads: np.ndarray) -> None:
+        """Give the pages of ``heads`` back."""
+        self.pool.release(self.table[:, heads])
+        self.table[:, heads] = 0
 
     # ------------------------------------------------------------------------------------------------- crop
     def check_crop(self, removed: np.ndarray) -> None:
@@ -404,8 +431,8 @@ class LayerPages:
 
         Attention gives hidden slots a weight of zero, and zero times a NaN would be NaN.
         """
-        if self.shared:
-            self._unshare(removed)
+        if self._guarded:
+            self._own(self._touched(removed))
         column = np.arange(int(removed.max()))
         rows = self.rows(self.lens[:, None] + column, np.arange(self.num_heads))
         rows = rows[np.broadcast_to((column < removed[:, None])[:, None], rows.shape)]
@@ -435,8 +462,7 @@ class LayerPages:
         positions = np.concatenate([first, recent], axis=1)
         is_recent = np.arange(positions.shape[1]) >= last_sink
         k, v = self.gather(positions, heads)
-        self.pool.release(self.table[:, heads])
-        self.table[:, heads] = 0
+        self._drop(heads)
         self.oldest = np.maximum(self.oldest, self.lens[:, None] - ring)
         self.ring = ring
         need = self.pages_for(self.lens)

@@ -184,6 +184,12 @@ class _Past:
             self.pool = _Slabs(archive.pool, held.astype(np.int64), device)
             self.table = np.where(self.table > 0, np.searchsorted(held, self.table), 0)
 
+    def copies(self, heads: np.ndarray, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `LayerPages.copies`."""
+        index = torch.from_numpy(self.table[:, heads, :count].astype(np.int64).ravel()).to(self.pool.k.device)
+        shape = (self.batch_size, len(heads), count * self.pool.page_size, -1)
+        return self.pool.k.index_select(0, index).view(shape), self.pool.v.index_select(0, index).view(shape)
+
 
 class _Slabs:
     def __init__(self, pool: PagePool, held: np.ndarray, device: torch.device):
@@ -293,7 +299,7 @@ class TieredPages(LayerPages):
         self.archive.crop(removed)
         self._refill()
 
-    def _own(self, heads: np.ndarray, positions: np.ndarray, keep: np.ndarray) -> None:
+    def _own_slots(self, heads: np.ndarray, positions: np.ndarray, keep: np.ndarray) -> None:
         """Copy on write for the pages of these slots."""
         if not self.shared:
             return
@@ -301,13 +307,7 @@ class TieredPages(LayerPages):
         touched = np.zeros(self.table.shape, bool)
         batch, head, column = np.nonzero(keep)
         touched[batch, heads[head], page[batch, head, column]] = True
-        with self.pool.lock:
-            copied = touched & (self.table > 0) & (self.pool.refs[self.table] > 1)
-            if copied.any():
-                fresh = self.pool.alloc(int(copied.sum()))
-                self.pool.copy(self.table[copied], fresh)
-                self.pool.release(self.table[copied])
-                self.table[copied] = fresh
+        self._own(touched)
 
     def _refill(self) -> None:
         heads = self.ring_heads
@@ -323,7 +323,7 @@ class TieredPages(LayerPages):
             positions = positions[:, lowest:]
             keep = (positions[:, None] >= low[:, heads, None]) & (positions[:, None] < self.lens[:, None, None])
             keep &= positions[:, None] < np.maximum(self.oldest, low)[:, heads, None]
-            self._own(heads, positions, keep)
+            self._own_slots(heads, positions, keep)
             fill_slots(self, heads, positions, keep, self.archive, np.arange(len(heads)))
         self.oldest = self.oldest.copy()  # a fork may have the same array
         self.oldest[:, heads] = low[:, heads]

@@ -87,11 +87,7 @@ def _decode_full(pages: LayerPages, q: torch.Tensor, spec: AttentionSpec, heads:
 
 
 def _full_copies(pages: LayerPages, heads: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    count = -(-length // pages.pool.page_size)
-    index = torch.from_numpy(pages.table[:, heads, :count].astype(np.int64).ravel()).to(pages.pool.k.device)
-    shape = (pages.batch_size, len(heads), count * pages.pool.page_size, -1)
-    k = pages.pool.k.index_select(0, index).view(shape)
-    v = pages.pool.v.index_select(0, index).view(shape)
+    k, v = pages.copies(heads, -(-length // pages.pool.page_size))
     return k[:, :, :length], v[:, :, :length]
 
 
