@@ -57,18 +57,18 @@ def no_attention(module: Any, query: torch.Tensor, key: Any, value: Any, mask: A
 
 
 def fill(cache: Any, config: Any, batch: int, context: int, dtype: torch.dtype, device: str) -> None:
-    """Random keys and values, layer by layer, through the cache's own update."""
+    """Random keys and values through the cache's own update; the same chunk for every layer, to save the time."""
     if cache is None:
         return
     generator = torch.Generator(device).manual_seed(0)
-    rows = 8192
+    rows = min(8192, max(2048, 65536 // batch))  # the chunk shall not be what fills the memory
+    shape = (batch, config.num_key_value_heads, min(rows, context), config.head_dim)
+    k = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+    v = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
     for begin in range(0, context, rows):
         length = min(rows, context - begin)
         for layer in range(config.num_hidden_layers):
-            shape = (batch, config.num_key_value_heads, length, config.head_dim)
-            k = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
-            v = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
-            keys, _ = cache.update(k, v, layer)
+            keys, _ = cache.update(k[:, :, :length], v[:, :, :length], layer)
             if isinstance(cache, RedKnotCache):
                 store(cache, getattr(keys, HANDLE))
 
@@ -77,10 +77,8 @@ def store(cache: RedKnotCache, handle: Any) -> None:
     """Store a staged chunk without attending, which would take most of the time."""
     layer, step = handle.layer, handle.step
     step.resolve(None, step.batch * [0])
-    pages = layer._ready(step)
-    layer.kernel.sync()
-    layer.kernel.append(handle.k, handle.v, cache.lengths(step, pages.lens, layer.device))
-    pages.advance(step.new)
+    layer._ready(step)
+    layer._append(handle.k, handle.v, step)
     layer._stored(handle)
 
 
@@ -107,8 +105,8 @@ def release() -> None:
 
 
 class Bench:
-    def __init__(self, shape: str, config: Any, args: argparse.Namespace):
-        self.shape, self.config, self.args = shape, config, args
+    def __init__(self, shape: str, config: Any, args: argparse.Namespace, save: Callable[[dict[str, Any]], None]):
+        self.shape, self.config, self.args, self.save = shape, config, args, save
         torch.manual_seed(0)
         with torch.device("cuda"):
             self.model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="redknot")
@@ -122,6 +120,7 @@ class Bench:
     def record(self, **row: Any) -> None:
         row = {"shape": self.shape, **row}
         self.rows.append(row)
+        self.save(row)
         print(json.dumps(row), flush=True)
 
     def decode(
@@ -130,6 +129,7 @@ class Bench:
     ) -> torch.Tensor | None:  # fmt: skip
         """Time one cache; returns the first step's logits."""
         release()
+        torch.cuda.reset_peak_memory_stats()
         if self.args.caches and not any(word in name for word in self.args.caches.split(",")):
             return None
         config = self.config
@@ -165,8 +165,6 @@ class Bench:
             self.record(cache=name, batch=batch, context=context, ms=None, error="out of memory")
         except redknot_hf.RedKnotError as error:
             self.record(cache=name, batch=batch, context=context, ms=None, error=str(error)[:200])
-        finally:
-            torch.cuda.reset_peak_memory_stats()
         return None
 
     def static_cache(self, context: int) -> StaticCache:
@@ -203,39 +201,53 @@ class Bench:
         torch._dynamo.reset()
 
     def capacity(self, context: int) -> None:
-        """The largest batch that can be filled and decoded one step, by doubling and bisection."""
+        """The largest batch that can be filled and decoded one step: from the bytes of a row, then by bisection."""
         kinds: dict[str, tuple[str, Callable[[], Any]]] = {
-            "DynamicCache": ("sdpa", lambda: DynamicCache(config=self.config)),
-            "StaticCache": ("sdpa", lambda: self.static_cache(context)),
-            "RedKnotCache 1/8": ("redknot", lambda: RedKnotCache(self.config, self.sparse)),
             "RedKnotCache 1/8 static": (
                 "redknot",
                 lambda: RedKnotCache(self.config, self.sparse, max_cache_len=context + HOST_MARGIN),
             ),
+            "RedKnotCache 1/8": ("redknot", lambda: RedKnotCache(self.config, self.sparse)),
+            "DynamicCache": ("sdpa", lambda: DynamicCache(config=self.config)),
+            "StaticCache": ("sdpa", lambda: self.static_cache(context)),
         }
         for name, (implementation, make) in kinds.items():
+            if self.args.caches and not any(word in name for word in self.args.caches.split(",")):
+                continue
             self.model.set_attn_implementation(implementation)
+            tried: list[dict[str, Any]] = []
+            low, high = 0, 1
+            fit = self.fits(make, 1, context, tried)
+            if fit:
+                low, high = 1, max(2, 1 + int(tried[0]["free_gb"] / tried[0]["cache_gb"]))
+                guess = int(0.9 * high)
+                while high - low > max(1, low // 32):
+                    low, high = (guess, high) if self.fits(make, guess, context, tried) else (low, guess)
+                    guess = (low + high) // 2
+            self.record(capacity=name, context=context, largest_batch=low, not_tried_between=[low, high], trials=tried)
 
-            def fits(batch: int, make: Callable[[], Any] = make) -> bool:
-                release()
-                try:
-                    cache = make()
-                    fill(cache, self.config, batch, context, torch.bfloat16, "cuda")
-                    with torch.no_grad():
-                        position = torch.full((batch, 1), context, device="cuda")
-                        self.model(torch.ones_like(position), past_key_values=cache, position_ids=position)
-                    torch.cuda.synchronize()
-                    return True
-                except (torch.OutOfMemoryError, redknot_hf.RedKnotError):
-                    return False
-
-            low, high = 0, 4
-            while fits(high) and high < 512:
-                low, high = high, high * 2
-            while high - low > max(1, low // 16):
-                middle = (low + high) // 2
-                low, high = (middle, high) if fits(middle) else (low, middle)
-            self.record(capacity=name, context=context, largest_batch=low, not_tried_between=[low, high])
+    def fits(self, make: Callable[[], Any], batch: int, context: int, tried: list[dict[str, Any]]) -> bool:
+        """Whether ``batch`` rows of ``context`` tokens can be stored and decoded one step; adds a row to ``tried``."""
+        release()
+        torch.cuda.reset_peak_memory_stats()
+        before, begin = torch.cuda.memory_allocated(), time.perf_counter()
+        row = {"batch": batch, "free_gb": torch.cuda.mem_get_info()[0] / 1e9, "before_gb": before / 1e9}
+        try:
+            cache = make()
+            fill(cache, self.config, batch, context, torch.bfloat16, "cuda")
+            row["cache_gb"] = (torch.cuda.memory_allocated() - before) / 1e9
+            with torch.no_grad():
+                position = torch.full((batch, 1), context, device="cuda")
+                self.model(torch.ones_like(position), past_key_values=cache, position_ids=position)
+            torch.cuda.synchronize()
+            row["fits"] = True
+        except (torch.OutOfMemoryError, redknot_hf.RedKnotError) as error:
+            row |= {"fits": False, "error": str(error)[:300]}
+        row["peak_gb"], row["reserved_gb"] = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.memory_reserved() / 1e9
+        row["seconds"] = time.perf_counter() - begin
+        tried.append({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()})
+        print(json.dumps(tried[-1]), file=sys.stderr, flush=True)
+        return row["fits"]
 
 
 def main() -> int:
@@ -267,22 +279,23 @@ def main() -> int:
         },
         "rows": [],
     }
+
+    def save(row: dict[str, Any]) -> None:  # after every row: a run that is cut off leaves what it has measured
+        result["rows"].append(row)
+        (out / "decode.json").write_text(json.dumps(result, indent=1) + "\n")
+
     for shape in args.shapes.split(","):
         config = SHAPES[shape]
         if args.quick:
             config.num_hidden_layers, args.cases, args.capacity = 2, "1x4096", ""
-        bench = Bench(shape, config, args)
-        try:
-            for case in filter(None, args.cases.split(",")):
-                batch, context = (int(x) for x in case.split("x"))
-                if not any(r.get("cache") == "no attention compiled" and r["batch"] == batch for r in bench.rows):
-                    bench.floor(batch)
-                bench.table(batch, context)
-            for context in filter(None, args.capacity.split(",")):
-                bench.capacity(int(context))
-        finally:
-            result["rows"] += bench.rows
-            (out / "decode.json").write_text(json.dumps(result, indent=1) + "\n")
+        bench = Bench(shape, config, args, save)
+        for case in filter(None, args.cases.split(",")):
+            batch, context = (int(x) for x in case.split("x"))
+            if not any(r.get("cache") == "no attention compiled" and r["batch"] == batch for r in bench.rows):
+                bench.floor(batch)
+            bench.table(batch, context)
+        for context in filter(None, args.capacity.split(",")):
+            bench.capacity(int(context))
         del bench
         release()
     return 0
