@@ -21,6 +21,7 @@ from . import compat
 from .errors import CacheError, RedKnotError, UnsupportedModel
 from .heads import HeadProfile
 from .heads.model_shape import text_config
+from .heads.order import in_order_of
 from .kernel_path import Lengths
 from .layer import Handle, RedKnotLayer, Step, effective_window
 from .memory import MemoryReport
@@ -761,7 +762,7 @@ def _resolve_profile(config: Any, profile: HeadProfile | str | None) -> HeadProf
     elif not isinstance(profile, HeadProfile):
         profile = HeadProfile.load(profile)
     profile.validate_for(config)
-    return profile
+    return in_order_of(profile, config)
 
 
 _logged: set[str] = set()

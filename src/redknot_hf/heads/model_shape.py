@@ -14,11 +14,14 @@ from typing import Any
 
 from ..errors import RedKnotError, shorten
 
-__all__ = ["ModelShape", "config_hash", "describe_config", "model_shape", "provenance_difference"]
+__all__ = ["HEAD_ORDER", "ModelShape", "config_hash", "describe_config", "model_shape", "provenance_difference"]
 
 # layer_types of transformers whose layers hold keys and values per token. Anything else (linear_attention, mamba, conv,
 # recurrent...) keeps a state of its own that a head profile does not touch.
 _ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid"}
+
+HEAD_ORDER = "redknot_head_order"
+"""Where a config keeps the order of a relabelled model's heads: see `order`."""
 
 _HASHED_FIELDS = (
     "model_type",
@@ -134,6 +137,7 @@ def config_hash(config: Any) -> str:
 def describe_config(config: Any) -> dict[str, Any]:
     """The provenance keys of a profile's metadata that a config can fill: see docs/profile-format.md."""
     shape = model_shape(config)
+    order = getattr(text_config(config), HEAD_ORDER, None)
     found = {
         "model": shape.name or None,
         "model_type": shape.model_type or None,
@@ -143,6 +147,7 @@ def describe_config(config: Any) -> dict[str, Any]:
         "attention_layers": None if shape.attention_layers is None else list(shape.attention_layers),
         "sliding_window": shape.sliding_window,
         "sliding_layers": None if shape.sliding_layers is None else list(shape.sliding_layers),
+        "placement": None if order is None else {"permutation": order},
     }
     return {key: value for key, value in found.items() if value is not None}
 

@@ -15,28 +15,27 @@ This module does not shard anything and does not talk to other ranks.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import RedKnotError, shorten
-from .heads.balance import balance_heads, lower_bound
-from .heads.model_shape import model_shape
-from .heads.profile import HeadProfile
-from .heads.selection import integer
+from ..errors import RedKnotError, shorten
+from ..heads.balance import balance_heads, lower_bound
+from ..heads.model_shape import model_shape
+from ..heads.order import config_order, in_order, original_order, set_config_order
+from ..heads.profile import HeadProfile
+from ..heads.selection import integer
+from .weights import attention_modules, attention_tensors, gather_plan
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEFAULT_CONTEXTS", "HeadPlacement", "place_heads"]
+__all__ = ["DEFAULT_CONTEXTS", "HeadPlacement", "place_heads", "rank_profile"]
 
 DEFAULT_CONTEXTS = (4096, 16384, 65536, 131072)
 """Context lengths balanced together: heads with different windows weigh differently at each."""
-
-_MARK = "_redknot_head_permutation"
 
 
 @dataclass(frozen=True)
@@ -66,15 +65,12 @@ class HeadPlacement:
 
     @property
     def profile(self) -> HeadProfile:
-        """The profile in the new order: for a cache of the relabelled model, never for the original one."""
-        placed = copy.deepcopy(self.source)
-        for name in ("head_class", "sink", "window"):
-            setattr(placed, name, [self._reorder(row, l) for l, row in enumerate(getattr(self.source, name))])
-        for key, matrix in placed.metadata.get("scores", {}).items():
-            placed.metadata["scores"][key] = [self._reorder(row, l) for l, row in enumerate(matrix)]
-        placed.metadata["placement"] = {"world_size": self.world_size, "permutation": copy.deepcopy(self.permutation)}
-        placed.validate()
-        return placed
+        """The profile in the new order. A cache of the relabelled model takes it, or `source`: it knows the order."""
+        return in_order(self.source, self.permutation, world_size=self.world_size)
+
+    def rank_profile(self, rank: int) -> HeadProfile:
+        """The heads of one rank alone, in the new order: `rank_profile` of `profile`."""
+        return rank_profile(self.profile, rank, self.world_size)
 
     def heads_of(self, rank: int) -> list[list[int]]:
         """Original KV heads that a rank holds, one list per layer."""
@@ -132,7 +128,8 @@ class HeadPlacement:
 
         Every attention module with `layer_idx` and q/k/v/o projections (or a fused `qkv_proj`) is changed; query heads
         move with their KV head, and so do biases, attention sinks and norms with a weight per head. Norms with one
-        weight per head dimension stay. Use `placement.profile` with the model from then on.
+        weight per head dimension stay. The model's config remembers the order, and so does a checkpoint saved from it: a
+        `RedKnotCache` takes the original profile as before.
 
         Args:
             model: not yet sharded, quantised or wrapped in adapters.
@@ -144,28 +141,26 @@ class HeadPlacement:
         import torch
 
         config = model.config
-        self.source.validate_for(config)
-        if getattr(model, _MARK, None) is not None:
-            raise RedKnotError("this model's heads were relabelled before; load it again to use another placement")
-        modules = _attention_modules(model, self.source)
-        shape = model_shape(config)
-        plans = {}
+        self._check_fresh(config)
+        modules = attention_modules(model, self.source)
+        query_heads = model_shape(config).num_attention_heads
+        plans = []
         for layer, module in modules.items():
             tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-            plans[layer] = (tensors, self._plan(tensors, layer, shape.num_attention_heads, f"layer {layer}"))
+            plans.append((tensors, gather_plan(tensors, self.permutation[layer], query_heads, f"layer {layer}")))
         with torch.no_grad():
-            for tensors, plan in plans.values():
+            for tensors, plan in plans:
                 for name, (dim, index) in plan.items():
                     tensor = tensors[name]
                     tensor.copy_(tensor.index_select(dim, torch.tensor(index, device=tensor.device)))
-        setattr(model, _MARK, copy.deepcopy(self.permutation))
+        set_config_order(config, self.permutation)
 
     def apply_to_state_dict(self, state_dict: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
         """The same relabelling for a checkpoint.
 
         Args:
             state_dict: names as `model.state_dict()` gives them, e.g. "model.layers.0.self_attn.q_proj.weight".
-            config: the model's transformers config.
+            config: the model's transformers config; it remembers the order from now on, so load the model with it.
 
         Returns:
             A new dictionary; tensors that do not change are shared with the input.
@@ -175,30 +170,26 @@ class HeadPlacement:
         """
         import torch
 
-        self.source.validate_for(config)
-        groups: dict[int, dict[str, str]] = {}
-        prefixes: dict[int, str] = {}
-        for key in state_dict:
-            match = re.fullmatch(r"((?:.*\.)?layers\.(\d+)\.(?:self_attn|attn|attention|self_attention)\.)(.+)", key)
-            if match:
-                layer = int(match[2])
-                if prefixes.setdefault(layer, match[1]) != match[1]:
-                    raise RedKnotError(f"two attention modules have layer {layer}: {prefixes[layer]} and {match[1]}")
-                groups.setdefault(layer, {})[match[3]] = key
-        _check_layers(set(groups), self.source, "the state dict")
-        heads = model_shape(config).num_attention_heads
+        self._check_fresh(config)
+        groups = attention_tensors(state_dict, self.source, "the state dict")
+        query_heads = model_shape(config).num_attention_heads
         result = dict(state_dict)
         for layer, names in groups.items():
             tensors = {name: state_dict[key] for name, key in names.items()}
-            for name, (dim, index) in self._plan(tensors, layer, heads, prefixes[layer] + "*").items():
+            for name, (dim, index) in gather_plan(
+                tensors, self.permutation[layer], query_heads, f"layer {layer}"
+            ).items():
                 tensor = tensors[name]
                 result[names[name]] = tensor.index_select(dim, torch.tensor(index, device=tensor.device))
+        set_config_order(config, self.permutation)
         return result
 
     # ---------------------------------------------------------------- private
 
-    def _reorder(self, row: Sequence[Any], layer: int) -> list[Any]:
-        return [row[head] for head in self.permutation[layer]]
+    def _check_fresh(self, config: Any) -> None:
+        self.source.validate_for(config)
+        if config_order(config) is not None:
+            raise RedKnotError("this model's heads were relabelled before; load it again to use another placement")
 
     def _pages_per_rank(self, seq_len: int, page_size: int, rollback: int = 0) -> list[int]:
         pages = _pages(self.source, seq_len, page_size, rollback)
@@ -206,126 +197,6 @@ class HeadPlacement:
         ranks = self.world_size // self.replicas
         per_rank = placed.reshape(len(placed), ranks, -1).sum(axis=(0, 2))
         return [int(count) for count in np.repeat(per_rank, self.replicas)]
-
-    def _plan(
-        self, tensors: Mapping[str, Any], layer: int, query_heads: int, where: str
-    ) -> dict[str, tuple[int, list[int]]]:
-        """For every tensor of an attention module that changes: the dimension and the new order along it."""
-        order = self.permutation[layer]
-        kv_heads = len(order)
-        group = query_heads // kv_heads
-        query_order = [head * group + i for head in order for i in range(group)]
-        width = _rows_per_head(tensors, query_heads, kv_heads)
-        plan: dict[str, tuple[int, list[int]]] = {}
-        for name, tensor in tensors.items():
-            shape = tuple(tensor.shape)
-            if type(tensor).__name__ == "DTensor":
-                raise RedKnotError(f"{where}: {name} is sharded already; relabel the heads before sharding the model")
-            # Packed integers hide the head dimension: rows may divide by the heads and still not be heads.
-            plain = tensor.is_floating_point()
-            found = _classify(name, shape, query_heads, kv_heads, width) if plain else None
-            if found is None:
-                raise RedKnotError(
-                    f"{where}: cannot relabel heads, because {name} of shape {list(shape)} and {tensor.dtype} is not "
-                    "understood "
-                    "(quantised weights, adapters and attention variants with further parameters are not supported)"
-                )
-            dim, parts = found
-            index: list[int] = []
-            start = 0
-            for kind, size in parts:
-                heads = query_order if kind == "q" else order
-                index += [start + head * size + i for head in heads for i in range(size)]
-                start += size * len(heads)
-            if parts:
-                plan[name] = (dim, index)
-        missing = [n for n in ("q_proj", "k_proj", "v_proj") if f"{n}.weight" not in tensors]
-        if "qkv_proj.weight" in tensors:
-            missing = []
-        if not any(f"{n}.weight" in tensors for n in _OUTPUT):
-            missing.append("o_proj")
-        if missing:
-            raise RedKnotError(f"{where}: cannot relabel heads, because it has no {', '.join(missing)}")
-        return plan
-
-
-_OUTPUT = ("o_proj", "out_proj", "dense")
-
-
-def _rows_per_head(tensors: Mapping[str, Any], query_heads: int, kv_heads: int) -> dict[str, int]:
-    """Rows of the query and key projection per head; 0 where there is no such projection."""
-
-    def rows(name: str, heads: int) -> int:
-        weight = tensors.get(f"{name}.weight")
-        return 0 if weight is None or not weight.shape else weight.shape[0] // heads
-
-    fused = rows("qkv_proj", query_heads + 2 * kv_heads)
-    return {"q": rows("q_proj", query_heads) or fused, "kv": rows("k_proj", kv_heads) or fused}
-
-
-def _classify(
-    name: str, shape: tuple[int, ...], query_heads: int, kv_heads: int, width: Mapping[str, int]
-) -> tuple[int, list[tuple[str, int]]] | None:
-    """How a tensor depends on the heads: (dimension, [(kind, elements per head)...]); no parts means it does not.
-
-    None when it is not understood. Projections are head-major: all rows of head 0, then of head 1 (a gated query
-    projection has twice the rows per head, still head-major).
-    """
-    owner, _, leaf = name.rpartition(".")
-    heads = {"q_proj": query_heads, "k_proj": kv_heads, "v_proj": kv_heads}.get(owner)
-    if leaf in ("weight", "bias") and len(shape) == (2 if leaf == "weight" else 1):
-        if heads is not None and shape[0] % heads == 0:
-            return 0, [("q" if owner == "q_proj" else "kv", shape[0] // heads)]
-        if owner == "qkv_proj" and shape[0] % (query_heads + 2 * kv_heads) == 0:
-            size = shape[0] // (query_heads + 2 * kv_heads)
-            return 0, [("q", size), ("kv", size), ("kv", size)]
-        if owner in _OUTPUT and leaf == "weight" and shape[1] % query_heads == 0:
-            return 1, [("q", shape[1] // query_heads)]
-        if owner in _OUTPUT and leaf == "bias":
-            return 0, []
-    if name == "sinks" and shape == (query_heads,):
-        return 0, [("q", 1)]
-    if owner in ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "v_norm") and leaf in ("weight", "bias"):
-        kind = "q" if owner.startswith("q") else "kv"
-        return _classify_norm(shape, kind, query_heads if kind == "q" else kv_heads, width[kind])
-    return None
-
-
-def _classify_norm(
-    shape: tuple[int, ...], kind: str, heads: int, width: int
-) -> tuple[int, list[tuple[str, int]]] | None:
-    if len(shape) == 2 and shape[0] == heads:  # a row per head
-        return 0, [(kind, 1)]
-    if len(shape) != 1:
-        return None
-    if shape[0] == heads * width:  # over all heads at once: a mean of squares does not mind the order, the weight does
-        return 0, [(kind, width)]
-    return (0, []) if shape[0] <= width else None  # one weight per head dimension, the same for all heads
-
-
-def _attention_modules(model: torch.nn.Module, profile: HeadProfile) -> dict[int, torch.nn.Module]:
-    """Attention modules by layer, found by their projections and `layer_idx`."""
-    found: dict[int, torch.nn.Module] = {}
-    for name, module in model.named_modules():
-        layer = getattr(module, "layer_idx", None)
-        has_projection = any(hasattr(module, projection) for projection in ("q_proj", "qkv_proj", "k_proj"))
-        if not isinstance(layer, int) or not has_projection:
-            continue
-        if layer in found:
-            raise RedKnotError(f"two attention modules have layer_idx {layer} ({name} is the second); not supported")
-        found[layer] = module
-    _check_layers(set(found), profile, f"the model {type(model).__name__}")
-    return found
-
-
-def _check_layers(found: set[int], profile: HeadProfile, what: str) -> None:
-    expected = set(profile.attention_layers)
-    if found != expected:
-        missing, extra = sorted(expected - found), sorted(found - expected)
-        raise RedKnotError(
-            f"cannot relabel heads: {what} shows q/k/v/o projections in {len(found)} layers, the profile has "
-            f"{len(expected)} attention layers (missing {shorten(missing)}, unexpected {shorten(extra)})"
-        )
 
 
 def place_heads(
@@ -340,7 +211,7 @@ def place_heads(
     Deterministic; well below a second for 80 layers x 8 heads.
 
     Args:
-        profile: of the model in its original order.
+        profile: of the whole model.
         world_size: ranks. Either divides the number of KV heads, or is a multiple of it: then every KV head is held by
             `world_size / num_kv_heads` ranks (the runtime must replicate KV heads; transformers' own tensor parallelism
             does not).
@@ -350,6 +221,7 @@ def place_heads(
     Raises:
         RedKnotError: world_size neither divides the number of KV heads nor is a multiple of it.
     """
+    profile = original_order(profile)
     replicas = _replicas(profile, world_size)
     ranks = world_size // replicas
     if not contexts:
@@ -362,6 +234,32 @@ def place_heads(
         if (costs[layer] == costs[layer, :1]).all():
             order[layer] = np.arange(profile.num_kv_heads)
     return HeadPlacement(profile, world_size, order.tolist())
+
+
+def rank_profile(profile: HeadProfile, rank: int, world_size: int) -> HeadProfile:
+    """The rows of the KV heads that one tensor-parallel rank holds: what its memory follows from.
+
+    A cache never needs it: it takes the full profile and finds its rank's heads.
+
+    Args:
+        profile: in the order that the model has (`HeadPlacement.profile` for a relabelled one).
+        rank, world_size: as in torch.distributed; world_size divides the number of KV heads.
+
+    Raises:
+        RedKnotError: it does not divide, or the rank is none of 0 to world_size - 1.
+    """
+    if _replicas(profile, world_size) != 1:
+        raise RedKnotError(f"world_size is {world_size}, more than the {profile.num_kv_heads} KV heads per layer")
+    if not isinstance(rank, int) or not 0 <= rank < world_size:
+        raise RedKnotError(f"rank is {shorten(rank)}; expected 0 to {world_size - 1}")
+    size = profile.num_kv_heads // world_size
+    mine = slice(rank * size, (rank + 1) * size)
+    metadata = copy.deepcopy(profile.metadata)
+    metadata["scores"] = {key: [row[mine] for row in rows] for key, rows in metadata.get("scores", {}).items()}
+    metadata.pop("placement", None)
+    metadata["rank"], metadata["world_size"] = rank, world_size
+    rows = ([row[mine] for row in matrix] for matrix in (profile.head_class, profile.sink, profile.window))
+    return HeadProfile(profile.num_layers, size, *rows, metadata)
 
 
 def _replicas(profile: HeadProfile, world_size: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 
 import numpy as np
@@ -11,10 +12,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Con
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.olmo2 import Olmo2Config
 
+from redknot_hf import RedKnotCache
 from redknot_hf.errors import RedKnotError
 from redknot_hf.heads import HeadProfile, shipped_names
 from redknot_hf.heads.balance import balance_heads, lower_bound
-from redknot_hf.placement import HeadPlacement, place_heads
+from redknot_hf.heads.order import in_order, original_order
+from redknot_hf.placement import HeadPlacement, place_heads, rank_profile, relabel_checkpoint
 
 CONTEXTS = (8192, 32768, 131072)
 SIZES = {
@@ -40,7 +43,7 @@ CONFIGS = {
 
 def _model(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases, norms and sinks start at constants that hide mistakes
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -113,7 +116,7 @@ def test_placed_profile_on_relabelled_model_equals_profile_on_model():
 def test_state_dict_form_equals_model_form(name):
     model = _model(name)
     placement = HeadPlacement(_mixed_profile(model.config), 2, SHUFFLED)
-    changed = placement.apply_to_state_dict(model.state_dict(), model.config)
+    changed = placement.apply_to_state_dict(model.state_dict(), copy.deepcopy(model.config))
     untouched = {key: value.clone() for key, value in model.state_dict().items()}
     placement.apply_to_model(model)
     for key, value in model.state_dict().items():
@@ -139,7 +142,7 @@ def test_refusals_change_nothing():
         placement.apply_to_model(model)
     with pytest.raises(RedKnotError, match=r"missing \[2\]"):
         state = {key: value for key, value in before.items() if "layers.2." not in key}
-        placement.apply_to_state_dict(state, model.config)
+        placement.apply_to_state_dict(state, LlamaConfig(**SIZES))
     other = LlamaConfig(**{**SIZES, "num_key_value_heads": 2})
     with pytest.raises(RedKnotError, match="3 layers x 4 KV heads"):
         placement.apply_to_state_dict(before, other)
@@ -236,8 +239,6 @@ def test_lower_bound_is_valid_and_tight_on_small_cases():
 
 
 def test_real_model_says_the_same_after_relabelling(smollm2):
-    import copy
-
     model, tokenizer = smollm2
     relabelled = copy.deepcopy(model)
     order = [[(h + l) % 3 for h in range(3)] for l in range(30)]
@@ -246,3 +247,91 @@ def test_real_model_says_the_same_after_relabelling(smollm2):
     texts = [m.generate(**inputs, max_new_tokens=24, do_sample=False) for m in (model, relabelled)]
     assert torch.equal(*texts)
     torch.testing.assert_close(relabelled(**inputs).logits, model(**inputs).logits, atol=2e-3, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ the order of the heads
+def _tokens(model, cache, ids):
+    return model.generate(ids, past_key_values=cache, max_new_tokens=10, do_sample=False, eos_token_id=None)
+
+
+def _redknot(name: str) -> torch.nn.Module:
+    model = _model(name)
+    model.set_attn_implementation("redknot")
+    return model
+
+
+def test_one_full_profile_serves_every_relabelling(tmp_path):
+    """The config remembers the order, a saved checkpoint too, and a cache brings the original profile into it."""
+    model = _redknot("llama")
+    profile = _mixed_profile(model.config)
+    ids = torch.randint(1, 128, (1, 40), generator=torch.Generator().manual_seed(5))
+    expected = _tokens(model, RedKnotCache(model.config, profile), ids)
+    placement = HeadPlacement(profile, 4, SHUFFLED)
+    placement.apply_to_model(model)
+    for given in (profile, placement.profile, HeadPlacement(profile, 2, SHUFFLED[::-1]).profile):
+        cache = RedKnotCache(model.config, given)
+        assert cache.profile.head_class == placement.profile.head_class != profile.head_class
+        assert torch.equal(_tokens(model, cache, ids), expected)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="redknot")
+    assert torch.equal(_tokens(again, RedKnotCache(again.config, profile), ids), expected)
+    # a profile made from the relabelled model's config is in that model's order already
+    here = HeadProfile.uniform(again.config, sink=2, window=8, global_heads={(0, 0)})
+    assert RedKnotCache(again.config, here).profile.head_class[0][0] == "global"
+    # ... and a placed profile on a model that was never relabelled would evict the wrong heads
+    with pytest.raises(RedKnotError, match="relabelled by place_heads"):
+        RedKnotCache(LlamaConfig(**SIZES), placement.profile)
+
+
+def test_original_order_undoes_in_order():
+    profile = HeadProfile.load("Meta-Llama-3.1-8B-Instruct")
+    placed = place_heads(profile, 4).profile
+    back = original_order(placed)
+    assert back.head_class == profile.head_class and back.window == profile.window
+    assert back.metadata == profile.metadata and placed.head_class != profile.head_class
+    assert place_heads(placed, 4).permutation == place_heads(profile, 4).permutation
+    for order in ([[0, 1, 2, 3, 4, 5, 6, 6]] * 32, [[0, 1]] * 32, placed.metadata["placement"]["permutation"][1:], 3):
+        with pytest.raises(RedKnotError, match="32 permutations of 8 heads"):
+            in_order(profile, order)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+def test_a_checkpoint_is_relabelled_file_by_file(tmp_path, name):
+    """The same weights as the live model gets, from several files, and a config that knows."""
+    model = _redknot(name)
+    model.save_pretrained(tmp_path / "original", max_shard_size="60KB")
+    assert len(list((tmp_path / "original").glob("*.safetensors"))) > 2
+    (tmp_path / "original" / "tokenizer.json").write_text("{}")
+    profile = _mixed_profile(model.config)
+    placement = HeadPlacement(profile, 2, SHUFFLED)
+    relabel_checkpoint(tmp_path / "original", tmp_path / "placed", placement)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "placed", attn_implementation="redknot")
+    placement.apply_to_model(model)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+    assert (tmp_path / "placed" / "tokenizer.json").exists()
+    assert RedKnotCache(again.config, profile).profile.head_class == placement.profile.head_class
+    for source, target, words in [
+        (tmp_path / "placed", tmp_path / "twice", "relabelled before"),
+        (tmp_path / "original", tmp_path / "placed", "not an empty folder"),
+        (tmp_path / "nowhere", tmp_path / "other", "no .*safetensors"),
+    ]:
+        with pytest.raises(RedKnotError, match=words):
+            relabel_checkpoint(source, target, placement)
+    assert not (tmp_path / "twice").exists()
+
+
+def test_rank_profiles_are_the_slices():
+    profile = HeadProfile.load("Meta-Llama-3.1-8B-Instruct")
+    placement = place_heads(profile, 4)
+    per_rank = placement.kv_bytes_per_rank(30000)
+    for rank in range(4):
+        mine = placement.rank_profile(rank)
+        assert (mine.num_layers, mine.num_kv_heads) == (32, 2)
+        assert mine.kv_bytes(30000) == per_rank[rank]
+        assert mine.head_class == [
+            [profile.head_class[l][h] for h in heads] for l, heads in enumerate(placement.heads_of(rank))
+        ]
+    for rank, world, words in [(4, 4, "rank is 4"), (0, 3, "world_size is 3"), (0, 16, "more than the 8 KV heads")]:
+        with pytest.raises(RedKnotError, match=words):
+            rank_profile(profile, rank, world)
