@@ -20,7 +20,7 @@ from .attention import HANDLE, NAME
 from .errors import CacheError, UnsupportedModel
 from .masks import CacheLength, RedKnotMask
 from .paging import torch_attention
-from .paging.pages import LayerPages
+from .paging.pages import KEEP_ALL, LayerPages
 from .paging.torch_attention import AttentionSpec
 
 if TYPE_CHECKING:
@@ -402,6 +402,35 @@ class RedKnotLayer(CacheLayerMixin):
         self.seen = step.length
 
     def _append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+    def lay_out(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The pages of a whole prompt as keys and values ``[batch, kv_heads, slots, dim]`` to be written in place.
+
+        ``k`` and ``v`` tell shapes and dtype. `settle` ends what this begins. None, with nothing taken, where a head
+        evicts or the pages do not lie side by side.
+        """
+        self.lazy_initialization(k, v)
+        lossless = self.cache.tier is None and getattr(self.cache, "kv_dtype", None) is None
+        if not lossless or not (self.window >= KEEP_ALL).all():
+            return None
+        pages = self._ready(step)
+        views = pages.full_views()
+        if views is None:
+            pages.free()
+        return views
+
+    def settle(self, tokens: int) -> None:
+        """Count the first ``tokens`` of what was laid out as stored; pages behind them are given back."""
+        pages = self.pages
+        assert pages is not None
+        room = (pages.table > 0).sum(2).max()
+        if tokens <= (room - 1) * pages.pool.page_size:
+            whole = int(room) * pages.pool.page_size
+            pages.advance(np.full(pages.batch_size, whole, np.int64))
+            pages.crop(np.full(pages.batch_size, whole - tokens, np.int64))
+        else:
+            pages.advance(np.full(pages.batch_size, tokens, np.int64))
+        self.seen = tokens
+
         """Store a compact chunk, by the kernels where they serve this layer."""
         pages = self.pages
         assert pages is not None and step.new is not None

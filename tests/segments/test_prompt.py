@@ -121,13 +121,13 @@ def test_m3_a_shifted_segment_is_what_the_model_computes_there(family, shift):
     prompt = prompt_of(model, header=[])
     ids = DOCUMENTS[1]
     ((_, entry),) = capture(model, prompt.new_cache, None, [ids])
-    rows = unpack(entry, 4, len(ids), 0, torch.float32, "cpu")
+    (rows,) = unpack([entry], "cpu")
     cache = SpliceCache(prompt.new_cache(), shift + len(ids) + 1)
     ((_, filler),) = capture(model, prompt.new_cache, None, [[3] * shift])
-    places = [Place(0, unpack(filler, 4, shift, 0, torch.float32, "cpu")), Place(shift, rows)]
+    places = [Place(0, unpack([filler], "cpu")[0]), Place(shift, rows)]
     loader = Loader(cache, places, prompt.relocator)
     for layer in cache.layers:  # every row, whatever a window would leave out
-        layer.lazy_initialization(rows.keys[layer.index][None], rows.values[layer.index][None])
+        layer.lazy_initialization(rows.key(layer.index)[None], rows.value(layer.index)[None])
         layer.window[:] = 1 << 30
     loader.finish()
     plain = DynamicCache()
@@ -198,7 +198,7 @@ def test_batched_capture_equals_one_by_one():
     model = tiny("gemma3")
     prompt = prompt_of(model, True)
     ((_, head),) = capture(model, prompt.new_cache, None, [HEADER])
-    header = unpack(head, 4, len(HEADER), 0, torch.float32, "cpu")
+    (header,) = unpack([head], "cpu")
     documents = [_random.integers(2, 97, n).tolist() for n in (28, 30, 31, 29, 60, 3)]
     batched = dict(capture(model, prompt.new_cache, header, documents, 4096))
     for i, document in enumerate(documents):

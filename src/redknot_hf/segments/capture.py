@@ -52,7 +52,8 @@ def capture(
         longest = max(len(documents[i]) for i in batch)
         cache = SpliceCache(make_target(), start + longest, batch=len(batch))
         if header is not None:
-            for layer, k, v in zip(cache.layers, header.keys, header.values, strict=True):
+            for layer in cache.layers:
+                k, v = header.key(layer.index), header.value(layer.index)
                 layer.fill(k.expand(len(batch), *k.shape), v.expand(len(batch), *v.shape), slice(0, start))
         ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         for row, i in enumerate(batch):

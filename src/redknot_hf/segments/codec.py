@@ -16,12 +16,13 @@ This module does not know what the tensors mean nor where the bytes are kept.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-Verify = Literal["full", "header"]
+Verify = Literal["full", "header", "later"]
 
 
 class CorruptEntry(RedKnotError):
@@ -74,6 +75,8 @@ class SegmentEntry:
         extra: anything else that JSON can hold.
         key, model, rope, dtype, profile: identity, filled in by the store from the `SegmentKey` on `put`.
         tier: name of the store the entry came from, e.g. `"memory"`; set by `get`, never stored.
+        check: what has still to be called before the tensors may be trusted, because their bytes have not been hashed
+            yet; it raises `CorruptEntry`. None: nothing is left to do.
 
     An entry that came from a store shares memory with it: read the tensors, never write to them.
     """
@@ -88,6 +91,7 @@ class SegmentEntry:
     dtype: str = ""
     profile: str = ""
     tier: str = ""
+    check: Callable[[], None] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -174,7 +178,7 @@ def decode(
         key: the 64 hex digits that the entry must carry.
         secret: what the entry must be sealed with; `None` for an unkeyed seal.
         verify: `"full"` hashes every byte; `"header"` checks the structure and the seal of the description, not the
-            tensor bytes.
+            tensor bytes; `"later"` leaves the hashing to the entry's `check`.
 
     Raises:
         CorruptEntry: truncated, damaged, malformed, or the entry of another key.
@@ -194,8 +198,11 @@ def decode(
     if key is not None and fields["key"] != key:
         raise CorruptEntry(f"the entry belongs to another key, {shorten(fields['key'])}")
     pieces = [view[data_start + begin : data_start + end] for _, _, _, begin, end in table]
-    if verify == "full" and fields["data"] != _data_digest(pieces):
-        raise CorruptEntry("the tensor bytes do not match their checksum")
+    check: Callable[[], None] | None = None
+    if verify == "full":
+        _check_data(fields["data"], pieces)
+    elif verify == "later":
+        check = functools.partial(_check_data, fields["data"], pieces, alone=True)
 
     if view.readonly:
         # torch has no read-only tensors, and writing through one to a bytes object is undefined: copy once.
@@ -211,7 +218,12 @@ def decode(
         except RuntimeError as e:  # shapes such as [0, 2**31, 2**31, 2**31] that no tensor can have
             raise CorruptEntry(f"tensor {shorten(name)}: {e}") from e
     del fields["data"], fields["version"]
-    return SegmentEntry(tensors=tensors, **fields)
+    return SegmentEntry(tensors=tensors, check=check, **fields)
+
+
+def _check_data(expected: str, pieces: Sequence[memoryview], alone: bool = False) -> None:
+    if expected != _data_digest(pieces, alone):
+        raise CorruptEntry("the tensor bytes do not match their checksum")
 
 
 def _parse_header(view: memoryview) -> tuple[dict[str, Any], int]:
@@ -316,16 +328,20 @@ def _seal(fields: dict[str, Any], table: dict[str, Any], secret: bytes | None) -
     return digest.hexdigest()
 
 
-def _data_digest(views: Sequence[memoryview]) -> str:
-    """Root of the hash tree over the tensors' bytes: SHA-256 of the SHA-256 of every 4 MiB piece of every tensor."""
+def _data_digest(views: Sequence[memoryview], alone: bool = False) -> str:
+    """Root of the hash tree over the tensors' bytes: SHA-256 of the SHA-256 of every 4 MiB piece of every tensor.
+
+    On several threads, unless the caller hashes entries on ``alone`` threads of its own.
+    """
     pieces = [view[i : i + _PIECE] for view in views for i in range(0, view.nbytes, _PIECE)]
     root = hashlib.sha256(b"redknot-data-1")
-    for leaf in _map(lambda piece: hashlib.sha256(piece).digest(), pieces, sum(v.nbytes for v in views)):
+    leaves = map if alone else functools.partial(_map, sum(v.nbytes for v in views))
+    for leaf in leaves(lambda piece: hashlib.sha256(piece).digest(), pieces):
         root.update(leaf)
     return root.hexdigest()
 
 
-def _map(function: Any, pieces: list[memoryview], nbytes: int) -> Iterable[bytes]:
+def _map(nbytes: int, function: Any, pieces: list[memoryview]) -> Iterable[bytes]:
     """Map over pieces, on threads when there is enough to do (hashlib releases the GIL)."""
     workers = min(16, os.cpu_count() or 1, len(pieces))
     if workers < 2 or nbytes < 2 * _PIECE:

@@ -15,26 +15,54 @@ from collections.abc import Sequence
 
 import torch
 
+from ..errors import shorten
 from .codec import CorruptEntry, SegmentEntry
 from .transfer import to_device
 
-__all__ = ["SegmentRows", "pack", "unpack"]
+__all__ = ["SegmentRows", "inspect", "pack", "unpack"]
 
 
 class SegmentRows:
     """Views into an entry.
 
     Args:
-        keys, values: per layer ``[kv_heads, tokens, dim]``.
+        stacks: ``k.<group>`` and ``v.<group>`` ``[layers of the group, kv_heads, tokens, dim]``.
+        groups: per layer the group that it belongs to; layers of a group lie in order.
         start: position of the first token when the keys were computed.
         tier: the store that the entry came from; ``"computed"`` if it was made for this prompt.
+        nbytes: of the entry.
     """
 
-    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], start: int, tier: str, nbytes: int):
-        self.keys, self.values, self.start, self.tier, self.nbytes = keys, values, start, tier, nbytes
+    def __init__(self, stacks: dict[str, torch.Tensor], groups: Sequence[int], start: int, tier: str, nbytes: int):
+        self.stacks, self.start, self.tier, self.nbytes = stacks, start, tier, nbytes
+        taken: dict[int, int] = {}
+        self.where: list[tuple[int, int]] = []
+        for group in groups:
+            self.where.append((group, taken.setdefault(group, 0)))
+            taken[group] += 1
+        self._tokens = next(iter(stacks.values())).shape[2]
 
     def __len__(self) -> int:
-        return self.keys[0].shape[1]
+        return self._tokens
+
+    def key(self, layer: int) -> torch.Tensor:
+        """``[kv_heads, tokens, dim]``."""
+        group, index = self.where[layer]
+        return self.stacks[f"k.{group}"][index]
+
+    def value(self, layer: int) -> torch.Tensor:
+        """``[kv_heads, tokens, dim]``."""
+        group, index = self.where[layer]
+        return self.stacks[f"v.{group}"][index]
+
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Per layer (kv_heads, key dim, value dim)."""
+        found = {}
+        for group, _ in self.where:
+            if group not in found:
+                k, v = self.stacks[f"k.{group}"], self.stacks[f"v.{group}"]
+                found[group] = (k.shape[1], k.shape[3], v.shape[3])
+        return [found[group] for group, _ in self.where]
 
 
 def pack(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], start: int) -> SegmentEntry:
@@ -49,14 +77,27 @@ def pack(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], start: in
     return SegmentEntry(tensors, num_tokens=keys[0].shape[1], start=start, extra={"groups": group_of})
 
 
-def unpack(
-    entry: SegmentEntry, layers: int, tokens: int, start: int, dtype: torch.dtype, device: torch.device | str
-) -> SegmentRows:
-    """The rows of an entry on ``device``, after a look at everything that a prompt relies on.
+def unpack(entries: Sequence[SegmentEntry], device: torch.device | str) -> list[SegmentRows]:
+    """The rows of entries that `inspect` has passed, on ``device``."""
+    stacks = to_device([entry.tensors for entry in entries], device)
+    return [
+        SegmentRows(found, entry.extra["groups"], entry.start, entry.tier, entry.nbytes)
+        for found, entry in zip(stacks, entries, strict=True)
+    ]
+
+
+def inspect(
+    entry: SegmentEntry, shapes: Sequence[tuple[int, int, int]] | int, tokens: int, start: int, dtype: torch.dtype
+) -> None:
+    """Look at everything that a prompt relies on.
+
+    Args:
+        shapes: per layer (kv_heads, key dim, value dim) of the model, or only the number of layers.
 
     Raises:
         CorruptEntry: the entry is not what a segment of ``tokens`` tokens of this model looks like.
     """
+    layers = shapes if isinstance(shapes, int) else len(shapes)
     groups = entry.extra.get("groups")
     if entry.num_tokens != tokens or entry.start != start or not isinstance(groups, list) or len(groups) != layers:
         raise CorruptEntry(
@@ -66,13 +107,14 @@ def unpack(
     for name, tensor in entry.tensors.items():
         if tensor.dim() != 4 or tensor.shape[2] != tokens or tensor.dtype != dtype:
             raise CorruptEntry(f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {dtype} with {tokens} tokens")
-    stacks = to_device(entry.tensors, device)
-    keys, values, taken = [], [], [0] * (len(stacks) // 2)
-    try:
-        for group in groups:
-            keys.append(stacks[f"k.{group}"][taken[group]])
-            values.append(stacks[f"v.{group}"][taken[group]])
-            taken[group] += 1
-    except (KeyError, IndexError, TypeError) as error:
-        raise CorruptEntry(f"its layers do not agree with its tensors: {error!r}") from error
-    return SegmentRows(keys, values, start, entry.tier, entry.nbytes)
+    counts = [groups.count(group) for group in range(len(entry.tensors) // 2)]
+    expected = {f"{part}.{group}": count for group, count in enumerate(counts) for part in "kv"}
+    found = {name: tensor.shape[0] for name, tensor in entry.tensors.items()}
+    if found != expected or sum(counts) != layers or any(type(group) is not int for group in groups):
+        raise CorruptEntry(f"its layers do not agree with its tensors: {shorten(groups)}, {shorten(found)}")
+    if any(entry.tensors[f"k.{g}"].shape[1] != entry.tensors[f"v.{g}"].shape[1] for g in range(len(counts))):
+        raise CorruptEntry("keys and values have different numbers of heads")
+    if not isinstance(shapes, int):
+        found_shapes = SegmentRows(entry.tensors, groups, start, "", 0).shapes()
+        if found_shapes != list(shapes):
+            raise CorruptEntry(f"its layers have (heads, dims) {found_shapes[0]}, the model has {shapes[0]}")

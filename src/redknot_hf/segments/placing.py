@@ -2,8 +2,9 @@
 go.
 
 Heads that keep everything get every row. A local head gets the rows that somebody will read: the sinks, the windows of
-the rows that are computed, and the window that it keeps for decoding. Rows that a forward computes itself are not
-brought at all. A layer is loaded when a forward reaches it, because which rows those are may be decided on the way.
+the rows that are computed, and the window that it keeps for decoding. A layer is loaded when a forward reaches it,
+because which rows those are may be decided on the way. Where nearly all rows are wanted, all are brought, which is
+cheaper than picking them; on a GPU always, by one launch per layer.
 
 What this module does not know: how rows were chosen, and where entries come from.
 """
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 
 from ..paging.pages import KEEP_ALL
+from . import place_kernel
 from .entry import SegmentRows
-from .rope import Relocator, rotate
+from .rope import Layout, Relocator, rotate, rotate_into
 from .rows import RowSet, kinds
 from .splice import SpliceCache, SpliceLayer
 
@@ -58,7 +60,10 @@ class Loader:
         self.moves = relocate and bool((self.source != np.arange(self.total)).any())
         self.bytes_moved, self.seconds = 0, 0.0
         self._there: dict[tuple[int, int, int], np.ndarray] = {}
-        self._tables: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
+        self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._placed: dict[int, place_kernel.PlacedSegments] = {}
+        self._started: set[int] = set()
+        self._whole: set[int] = set()
         cache.loader = self
 
     def __call__(self, layer: SpliceLayer, rows: RowSet) -> None:
@@ -72,12 +77,17 @@ class Loader:
     def _load(self, layer: SpliceLayer, rows: RowSet) -> None:
         if not layer.is_initialized:
             first = self.places[0].rows
-            layer.lazy_initialization(first.keys[layer.index][None], first.values[layer.index][None])
-        wanted = []
+            layer.lazy_initialization(first.key(layer.index)[None], first.value(layer.index)[None])
+        assert layer.k is not None
+        if layer.index in self._whole:
+            return
+        on_gpu = place_kernel.available(layer.k.device)
+        wanted, fresh = [], layer.index not in self._started
+        self._started.add(layer.index)
+        computed = rows.host if rows.partial is None else rows.host[~rows.partial]
+        computed = computed[computed < self.total]
         for sink, window, heads in kinds(layer.sink, layer.window):
             there = self._there.setdefault((layer.index, sink, window), np.zeros(self.total, bool))
-            computed = rows.host if rows.partial is None else rows.host[~rows.partial]
-            computed = computed[computed < self.total]
             absent = ~there
             if self.cache.observer is None or not self.cache.observer.compares:
                 absent[computed] = False
@@ -88,7 +98,14 @@ class Loader:
             there[computed] = True
             if missing.any():
                 wanted.append((heads, missing))
-        if wanted and all((missing == wanted[0][1]).all() for _, missing in wanted[1:]):
+        if not wanted:
+            return
+        share = sum(len(heads) * missing.mean() for heads, missing in wanted) / layer.k.shape[1]
+        if fresh and (on_gpu or share > NEARLY_ALL):  # rows that the forward computes overwrite what is brought here
+            self._whole.add(layer.index)
+            self._bring_all(layer, on_gpu)
+            return
+        if all((missing == wanted[0][1]).all() for _, missing in wanted[1:]):
             heads = np.sort(np.concatenate([heads for heads, _ in wanted]))
             wanted = [(heads, wanted[0][1])]
         for heads, missing in wanted:
@@ -112,53 +129,82 @@ class Loader:
         needed[:sink] = True
         return needed
 
+    def _bring_all(self, layer: SpliceLayer, on_gpu: bool) -> None:
+        """Every row of every head."""
+        assert layer.k is not None and layer.v is not None
+        k_out, v_out = layer.k[0, :, : self.total], layer.v[0, :, : self.total]
+        self.bytes_moved += k_out.numel() * k_out.element_size() + v_out.numel() * v_out.element_size()
+        moved = self.moves and layer.index not in self.relocator.nope_layers
+        own = moved and layer.index in self.relocator._own
+        if on_gpu and not own:
+            group, index = self.places[0].rows.where[layer.index]
+            if group not in self._placed:
+                self._placed[group] = place_kernel.PlacedSegments(
+                    [place.rows.stacks[f"k.{group}"].contiguous() for place in self.places],
+                    [place.rows.stacks[f"v.{group}"].contiguous() for place in self.places],
+                    [place.start for place in self.places],
+                )
+            cos, sin, layout = self._tables_of(layer.index, k_out.device) if moved else (None, None, "half")
+            self._placed[group].place(index, cos, sin, layout == "interleaved", k_out, v_out)
+            return
+        for place in self.places:
+            here = slice(place.start, place.stop)
+            v_out[:, here] = place.rows.value(layer.index)
+            k, out = place.rows.key(layer.index), k_out[:, here]
+            if not moved or place.start == place.rows.start:
+                out.copy_(k)
+            elif own:
+                out.copy_(self._relocated(k, np.arange(place.start, place.stop), layer.index))
+            else:
+                cos, sin, layout = self._tables_of(layer.index, k.device)
+                assert cos is not None and sin is not None
+                rotate_into(out, k, cos[here], sin[here], layout)
+
     def _bring(self, layer: SpliceLayer, heads: np.ndarray, missing: np.ndarray) -> None:
+        """The rows ``missing`` of some heads."""
         assert layer.k is not None and layer.v is not None
         keys: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
-        whole, every = bool(missing.all()), len(heads) == layer.k.shape[1]
+        every = len(heads) == layer.k.shape[1]
         chosen = torch.from_numpy(heads).to(layer.k.device)
         for place in self.places:
             mine = missing[place.start : place.stop]
             if not mine.any():
                 continue
             index = None if mine.all() else torch.from_numpy(np.flatnonzero(mine)).to(layer.k.device)
-            for into, stored in ((keys, place.rows.keys), (values, place.rows.values)):
-                x = stored[layer.index]
+            for into, x in ((keys, place.rows.key(layer.index)), (values, place.rows.value(layer.index))):
                 x = x if every else x.index_select(0, chosen)
                 into.append(x if index is None else x.index_select(1, index))
         at = np.flatnonzero(missing)
         k = self._relocated(torch.cat(keys, 1) if len(keys) > 1 else keys[0], at, layer.index)
         v = torch.cat(values, 1) if len(values) > 1 else values[0]
         self.bytes_moved += k.numel() * k.element_size() + v.numel() * v.element_size()
+        where = torch.from_numpy(at).to(layer.k.device)
         for store, new in ((layer.k, k), (layer.v, v)):
-            if whole and every:
-                store[0, :, : self.total] = new
-            else:
-                where = torch.from_numpy(at).to(store.device)
-                for row, head in enumerate(heads):
-                    store[0, head].index_copy_(0, where, new[row])
+            for row, head in enumerate(heads):
+                store[0, head].index_copy_(0, where, new[row])
+
+    def _tables_of(self, layer: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Layout]:
+        """cos and sin fp32 ``[total, R / 2]`` of the way of every row, and the layout; for layers that rotate."""
+        group = self.relocator.groups[layer]
+        if group not in self._tables:
+            source = torch.from_numpy(self.source)
+            found = self.relocator.tables(torch.arange(self.total) - source, layer, source=source, device=device)
+            assert found is not None
+            self._tables[group] = found
+        rope = self.relocator.rope(layer)
+        assert rope is not None
+        return (*self._tables[group], rope.layout)
 
     def _relocated(self, k: torch.Tensor, at: np.ndarray, layer: int) -> torch.Tensor:
         """Keys ``[heads, n, dim]`` of the rows ``at``, rotated to their places."""
-        if not self.moves:
+        if not self.moves or layer in self.relocator.nope_layers:
             return k
-        group = self.relocator.groups[layer]
-        source = torch.from_numpy(self.source)
-        delta = torch.arange(self.total) - source
-        if layer in self.relocator.nope_layers:
-            return k
-        if group < 0 or layer in self.relocator._own:
-            index = torch.from_numpy(at)
-            return self.relocator.relocate(k[None], delta[index], layer, source=source[index])[0]
-        if group not in self._tables:
-            self._tables[group] = self.relocator.tables(delta, layer, source=source, device=k.device)
-        tables = self._tables[group]
-        assert tables is not None
-        cos, sin = tables
+        if self.relocator.groups[layer] < 0 or layer in self.relocator._own:
+            source = torch.from_numpy(self.source[at])
+            return self.relocator.relocate(k[None], torch.from_numpy(at) - source, layer, source=source)[0]
+        cos, sin, layout = self._tables_of(layer, k.device)
         if len(at) < self.total:
             index = torch.from_numpy(at).to(k.device)
             cos, sin = cos.index_select(0, index), sin.index_select(0, index)
-        rope = self.relocator.rope(layer)
-        assert rope is not None
-        return rotate(k, cos, sin, rope.layout)
+        return rotate(k, cos, sin, layout)

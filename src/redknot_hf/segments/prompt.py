@@ -22,7 +22,6 @@ import hashlib
 import itertools
 import json
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,10 +31,11 @@ import torch
 from ..cache import RedKnotCache
 from ..errors import RedKnotError, shorten
 from ..heads import HeadProfile
-from .account import BuildAccount, SegmentAccount
+from .account import BuildAccount, Clock, SegmentAccount
 from .capture import capture
+from .checks import Checks
 from .codec import CorruptEntry, SegmentEntry
-from .entry import SegmentRows, unpack
+from .entry import SegmentRows, inspect, unpack
 from .keys import SegmentKey, model_fingerprint
 from .placing import Loader, Place
 from .rope import Relocator
@@ -122,8 +122,8 @@ class SegmentedPrompt:
         )
         # one token tells the shapes that every entry must have
         _, probe = next(capture(model, self.new_cache, None, [[0]]))
-        rows = unpack(probe, len(first.layers), 1, 0, model.dtype, self.device)
-        self._shapes = [(k.shape[0], k.shape[2], v.shape[2]) for k, v in zip(rows.keys, rows.values, strict=True)]
+        inspect(probe, len(first.layers), 1, 0, model.dtype)
+        self._shapes = unpack([probe], self.device)[0].shapes()
 
     def new_cache(self) -> RedKnotCache:
         """An empty cache as the builds hand out."""
@@ -208,30 +208,33 @@ class SegmentedPrompt:
             ((_, entry),) = capture(self.model, self.new_cache, None, [self.behind], self.batch_tokens)
             self.store.put(key, entry)
             entries[key.hex] = entry
-            found = self._opened(key, entry)
+            (found,) = unpack([entry], self.device)
         return found
 
-    def _fetch(self, keys: Sequence[SegmentKey]) -> dict[str, SegmentRows | None]:
-        """Rows of stored segments; None for what is missing, damaged or not ours."""
-        unique = list({key.hex: key for key in keys}.values())
-        found: dict[str, SegmentRows | None] = {}
-        for key, entry in zip(unique, self.store.get_many(unique), strict=True):
-            found[key.hex] = None
+    def _fetch(self, keys: Sequence[SegmentKey], checks: Checks | None = None) -> dict[str, SegmentRows | None]:
+        """Rows of stored segments; None for what is missing, damaged or not ours.
+
+        With ``checks`` the bytes of entries may not have been hashed yet, and ``checks`` knows what is left to do.
+        """
+        unique = {key.hex: key for key in keys}
+        wanted = [key for name, key in unique.items() if checks is None or name not in checks.distrusted]
+        usable = []
+        for key, entry in zip(wanted, self.store.get_many(wanted, defer=checks is not None), strict=True):
             if entry is None:
                 continue
             try:
-                found[key.hex] = self._opened(key, entry)
+                inspect(entry, self._shapes, len(key.token_ids), len(key.header_ids), self.model.dtype)
+                usable.append((key, entry))
             except CorruptEntry as error:
                 logger.warning("%r: entry %s cannot be used: %s; computed anew", self.store, key.hex[:12], error)
                 self.store.delete(key)
+        found: dict[str, SegmentRows | None] = dict.fromkeys(unique)
+        found.update(
+            zip((key.hex for key, _ in usable), unpack([entry for _, entry in usable], self.device), strict=True)
+        )
+        if checks is not None:
+            checks.start(usable)
         return found
-
-    def _opened(self, key: SegmentKey, entry: SegmentEntry) -> SegmentRows:
-        rows = unpack(entry, len(self._shapes), len(key.token_ids), len(key.header_ids), self.model.dtype, self.device)
-        shapes = [(k.shape[0], k.shape[2], v.shape[2]) for k, v in zip(rows.keys, rows.values, strict=True)]
-        if shapes != self._shapes:
-            raise CorruptEntry(f"its layers have (heads, dims) {shapes[0]}, the model has {self._shapes[0]}")
-        return rows
 
     # -------------------------------------------------------------------------------------------------------- build
     @torch.no_grad()
@@ -261,7 +264,28 @@ class SegmentedPrompt:
         Raises:
             RedKnotError: an unknown segment id, a ratio out of range, an empty prompt.
         """
-        clock = _Clock(self.device)
+        clock = Clock(self.device)
+        missed: set[str] = set()
+        with Checks() as checks:
+            while True:  # a second time only if an entry turns out damaged after it has been used
+                built = self._build(segments, query, recompute, selector, relocate, checks, missed, clock)
+                damaged = checks.failures()
+                if not damaged:
+                    return built
+                for key, tier, error in damaged:
+                    self.store.discard(key, error, tier)
+
+    def _build(
+        self,
+        segments: Sequence[Tokens],
+        query: Tokens,
+        recompute: float | Sequence[float],
+        selector: str | Selector,
+        relocate: bool,
+        checks: Checks,
+        missed: set[str],
+        clock: Clock,
+    ) -> SplicedPrompt:
         keys = [self._key(self.header, ())] if self.header else []
         keys += [self._resolve(segment) for segment in segments]
         query_ids = self._ids(query, "query")
@@ -271,14 +295,15 @@ class SegmentedPrompt:
             raise RedKnotError("the prompt is empty: give segments, a query or a header")
         ratios = self._ratios(recompute)
 
-        found = self._fetch(keys)
+        found = self._fetch(keys, checks)
         clock.mark("store")
-        hits = {name for name, rows in found.items() if rows is not None}
-        missing = [key for key in {key.hex: key for key in keys}.values() if key.hex not in hits]
+        missing = [key for key in {key.hex: key for key in keys}.values() if found[key.hex] is None]
+        missed.update(key.hex for key in missing)
+        hits = found.keys() - missed
         for name, entry in self._compute(missing).items():
-            key = next(key for key in missing if key.hex == name)
-            entry.tier = "computed"
-            found[name] = self._opened(key, entry)
+            (found[name],) = unpack([entry], self.device)
+        for name in missed:  # by an earlier attempt, too, which has stored it
+            found[name].tier = "computed"  # type: ignore[union-attr]
         clock.mark("capture")
 
         places, at = [], 0
@@ -287,7 +312,7 @@ class SegmentedPrompt:
             at += len(key.token_ids)
         exact = [self._is_exact(index, keys, places) and relocate for index in range(len(keys))]
         target = self.new_cache()
-        cache = SpliceCache(target, length)
+        cache = SpliceCache(target, length, in_place=True)
         loader = Loader(cache, places, self.relocator, relocate)
         view = self._view(cache, ids, places, exact, at, ratios)
 
@@ -307,10 +332,10 @@ class SegmentedPrompt:
         clock.mark("recompute")
         cache.hand_over(length - 1)
         clock.mark("hand_over")
+        checks.wait()
+        clock.mark("verify")
 
-        account = self._account(view, chosen, keys, places, exact, hits, ratios, selector, relocate)
-        account.seconds.update(clock.seconds, load=loader.seconds, total=clock.total())
-        object.__setattr__(account, "bytes_moved", loader.bytes_moved)
+        account = self._account(view, chosen, keys, places, exact, hits, ratios, selector, relocate, loader, clock)
         row = ids[None].to(self.device)
         return SplicedPrompt(dict(input_ids=row, attention_mask=torch.ones_like(row), past_key_values=target), account)
 
@@ -406,6 +431,8 @@ class SegmentedPrompt:
         ratios: list[float],
         selector: str | Selector,
         relocate: bool,
+        loader: Loader,
+        clock: Clock,
     ) -> BuildAccount:
         segments = [
             SegmentAccount(
@@ -454,30 +481,13 @@ class SegmentedPrompt:
             selector=name,
             exact=right,
             reason=reason,
-            bytes_moved=0,
+            bytes_moved=loader.bytes_moved,
+            timing=clock.reading(load=loader.seconds),
         )
 
 
 def _staying(stay: np.ndarray, rows: RowSet) -> np.ndarray:
     return np.flatnonzero(np.isin(rows.host, stay))
-
-
-class _Clock:
-    """Seconds between marks; waits for a GPU at each."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds: dict[str, float] = {}
-        self.begin = self.last = time.perf_counter()
-
-    def mark(self, name: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[name], self.last = now - self.last, now
-
-    def total(self) -> float:
-        return self.last - self.begin
 
 
 def _profile_id(profile: HeadProfile | None) -> str:

@@ -26,7 +26,7 @@ import torch
 from redknot_hf.errors import RedKnotError, UnsupportedModel
 from redknot_hf.segments.keys import hash_fields
 
-__all__ = ["LayerRope", "Relocator", "RopeSignature", "rotate"]
+__all__ = ["LayerRope", "Relocator", "RopeSignature", "rotate", "rotate_into"]
 
 Layout = Literal["half", "interleaved"]
 
@@ -113,6 +113,19 @@ def rotate(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: Lay
         a, b = x[..., 0:r:2], x[..., 1:r:2]
         turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
     return torch.cat((turned, x[..., r:]), -1).to(keys.dtype)
+
+
+def rotate_into(out: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: Layout) -> None:
+    """`rotate` with the result in ``out``, which must not be ``keys``; fp32 in two halves needs no other memory."""
+    r = 2 * cos.shape[-1]
+    if layout != "half" or keys.dtype != torch.float32 or out.dtype != torch.float32:
+        out.copy_(rotate(keys, cos, sin, layout))
+        return
+    a, b = keys[..., : r // 2], keys[..., r // 2 : r]
+    for target, x, y, sign in ((out[..., : r // 2], a, b, -1), (out[..., r // 2 : r], b, a, 1)):
+        torch.mul(x, cos, out=target)
+        target.addcmul_(y, sin, value=sign)
+    out[..., r:] = keys[..., r:]
 
 
 _known: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, Relocator]] = weakref.WeakKeyDictionary()

@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..attention import HANDLE, NAME
 from ..cache import RedKnotCache
 from ..errors import CacheError, RedKnotError, UnsupportedModel
-from ..layer import Handle, RedKnotLayer, effective_window
+from ..layer import Handle, RedKnotLayer, Step, effective_window
 from ..masks import CacheLength, RedKnotMask
 from ..paging.pages import KEEP_ALL
 from ..paging.torch_attention import AttentionSpec
@@ -67,6 +67,7 @@ class SpliceLayer(CacheLayerMixin):
 
     Attributes:
         k, v: ``[batch, kv_heads, slots, dim]``, zero where nothing is stored; None before the first use.
+        in_place: they are views of the target's pages, which therefore need no copy in the end.
         sink, window: int ``[kv_heads]``, the rule of each head in this forward.
     """
 
@@ -77,16 +78,47 @@ class SpliceLayer(CacheLayerMixin):
         super().__init__()
         self.cache, self.index, self.model_window = cache, index, model_window
         self.is_sliding = model_window is not None
+        self.in_place = False
         self.k: torch.Tensor | None = None
         self.v: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take heads, dims, dtype and device from keys and values ``[batch, kv_heads, n, dim]``."""
         batch, heads = self.cache.batch, key_states.shape[1]
-        self.k = key_states.new_zeros(batch, heads, self.cache.slots, key_states.shape[3])
-        self.v = value_states.new_zeros(batch, heads, self.cache.slots, value_states.shape[3])
         self._geometry(heads)
+        views = self._pages_of_target(key_states, value_states)
+        self.in_place = views is not None
+        if views is None:
+            views = (
+                key_states.new_zeros(batch, heads, self.cache.slots, key_states.shape[3]),
+                value_states.new_zeros(batch, heads, self.cache.slots, value_states.shape[3]),
+            )
+        self.k, self.v = views
         self.is_initialized = True
+
+    def _pages_of_target(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        step = self.cache.in_place
+        if step is None or not (self.window >= KEEP_ALL).all() or self.model_window is not None:
+            return None
+        layer = self.cache.target.paged_layers[self.index]
+        views = layer.lay_out(k, v, step)
+        if views is None:
+            return None
+        slots = views[0].shape[2]
+        readable = k.device.type == "cpu" or (slots % PAGE == 0 and all(x.is_contiguous() for x in views))
+        if slots < self.cache.length or not readable:
+            layer.pages.free()
+            return None
+        return views
+
+    def _leave_pages(self) -> None:
+        """The layer turns out to have a window: its storage becomes its own."""
+        if self.in_place:
+            assert self.k is not None and self.v is not None
+            self.k, self.v, self.in_place = self.k.clone(), self.v.clone(), False
+            target = self.cache.target.paged_layers[self.index]
+            target.pages.free()
+            target.pages, target.kernel = None, None
 
     def _geometry(self, heads: int) -> None:
         target = self.cache.target
@@ -141,6 +173,7 @@ class SpliceLayer(CacheLayerMixin):
             )
         if sliding_window is not None and sliding_window != self.model_window:
             self.model_window = sliding_window
+            self._leave_pages()
             self._geometry(query.shape[1] if self.k is None else self.k.shape[1])
         rows = self.cache.rows
         assert rows is not None and self.k is not None and self.v is not None
@@ -174,12 +207,12 @@ class SpliceLayer(CacheLayerMixin):
                 for head in np.flatnonzero(self.cache.partial_heads[self.index]):
                     store[:, head].index_copy_(1, rows.positions, new[:, head].to(store.dtype))
 
-    def release(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, given away: the layer holds nothing afterwards."""
+    def release(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values, given away: the layer holds nothing afterwards. None if they are in the target's pages."""
         assert self.k is not None and self.v is not None
         k, v, self.k, self.v = self.k, self.v, None, None
         self.is_initialized = False
-        return k, v
+        return None if self.in_place else (k, v)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return CacheLength.of(self.cache.length, False), 0
@@ -207,6 +240,7 @@ class SpliceCache(Cache):
         target: the (empty) cache that the result goes to: it decides layers, head rules and the prefill mode.
         length: tokens of the prompt.
         batch: prompts of equal layout.
+        in_place: fill the target's pages directly where its heads keep everything; `hand_over` must follow.
 
     Attributes:
         rows: the rows of the running forward.
@@ -221,7 +255,7 @@ class SpliceCache(Cache):
         UnsupportedModel: the model has layers that are not plain attention, or layers sharing keys.
     """
 
-    def __init__(self, target: RedKnotCache, length: int, batch: int = 1):
+    def __init__(self, target: RedKnotCache, length: int, batch: int = 1, in_place: bool = False):
         if target.defers:
             raise UnsupportedModel(f"{type(target.config).__name__}: layers that share keys cannot be spliced")
         odd = [i for i, layer in enumerate(target.layers) if not isinstance(layer, RedKnotLayer)]
@@ -232,6 +266,10 @@ class SpliceCache(Cache):
             )
         self.target, self.length, self.batch = target, length, batch
         self.slots = -(-max(length, 1) // PAGE) * PAGE
+        self.in_place: Step | None = None
+        if in_place and length > 1:
+            self.in_place = Step(0, length, batch)
+            self.in_place.resolve(None, np.zeros(batch, np.int64))
         self.rows: RowSet | None = None
         self.observer: Observer | None = None
         self.loader: Callable[[SpliceLayer, RowSet], None] | None = None
@@ -246,11 +284,11 @@ class SpliceCache(Cache):
         self.target.adopt(_given_away(self, tokens), tokens)
 
 
-def _given_away(cache: SpliceCache, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _given_away(cache: SpliceCache, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
     for layer, target in zip(cache.layers, cache.target.paged_layers, strict=True):
         target.model_window = layer.model_window  # a family may show its window to attention only
-        k, v = layer.release()
-        yield k[:, :, :tokens], v[:, :, :tokens]
+        given = layer.release()
+        yield None if given is None else (given[0][:, :, :tokens], given[1][:, :, :tokens])
 
 
 @torch.no_grad()

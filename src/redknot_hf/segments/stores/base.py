@@ -118,12 +118,18 @@ class SegmentStore:
         """The entry, or None. Its tensors are on the host and belong to the store: never write to them."""
         return self.get_many([key])[0]
 
-    def get_many(self, keys: Sequence[Key]) -> Entries:
-        """One result per key, in order; fewer round trips than as many `get`s."""
+    def get_many(self, keys: Sequence[Key], *, defer: bool = False) -> Entries:
+        """One result per key, in order; fewer round trips than as many `get`s.
+
+        Args:
+            defer: the caller hashes the bytes while it does something else: entries may come with a `check` that must
+                be called before anything that depends on them is used. Report one that fails to `discard`.
+        """
         names = [key_hex(key) for key in keys]
         nothing: Sequence[Any] = [None] * len(names)
         raw = self._guard("get", lambda: self._load_many(names), nothing)
-        found = [self._checked(key, name, item) for key, name, item in zip(keys, names, raw, strict=True)]
+        verify: Verify = "later" if defer and self.verify_mode == "full" else self.verify_mode
+        found = [self._checked(key, name, item, verify) for key, name, item in zip(keys, names, raw, strict=True)]
         hits = [name for name, entry in zip(names, found, strict=True) if entry is not None]
         if hits:
             self._guard("get", lambda: self._touch(hits), None)
@@ -143,6 +149,9 @@ class SegmentStore:
     def put_many(self, items: Batch) -> Flags:
         """Store several entries; one result each."""
         named = [(key_hex(key), _stamped(key, entry)) for key, entry in items]
+        for _, entry in named:
+            if entry.check is not None:  # nothing unhashed is passed on
+                entry.check()
         if not named:
             return []
         results = self._guard("put", lambda: self._save_many(named), [False] * len(named))
@@ -253,37 +262,44 @@ class SegmentStore:
 
     # -- faults ----------------------------------------------------------------------------------------------------
 
-    def _checked(self, key: Key, name: str, item: Any) -> SegmentEntry | None:
+    def discard(self, key: Key, error: Exception, tier: str = "") -> None:
+        """An entry that came from ``tier`` is damaged: delete it, with one warning."""
+        name = key_hex(key)
+        with self._lock:
+            self._stat.corrupt += 1
+        self._report_bad(name, f"is damaged: {error}; deleted and treated as missing")
+        with contextlib.suppress(StoreUnavailable, OSError):  # a read-only store keeps it; it will not warn again
+            self._remove(name)
+
+    def _checked(self, key: Key, name: str, item: Any, verify: Verify) -> SegmentEntry | None:
         if item is None:
             return None
         try:
             if isinstance(item, Exception):
                 raise item
-            entry = self._open_again(name, item)
+            entry = self._open_again(name, item, verify)
             _check_identity(key, entry)
         except UnreadableEntry as e:
             self._report_bad(name, f"cannot be used here: {e}; treated as missing")
             return None
         except (CorruptEntry, OSError) as e:
-            with self._lock:
-                self._stat.corrupt += 1
-            self._report_bad(name, f"is damaged: {e}; deleted and treated as missing")
-            with contextlib.suppress(StoreUnavailable, OSError):  # a read-only store keeps it; it will not warn again
-                self._remove(name)
+            self.discard(key, e)
             return None
         entry.tier = entry.tier or self.tier
         return entry
 
-    def _open_again(self, name: str, item: Any) -> SegmentEntry:
+    def _open_again(self, name: str, item: Any, verify: Verify) -> SegmentEntry:
+        if self.rereads and verify == "later":
+            verify = "full"  # only what has been hashed tells whether to read again
         for _ in range(self.rereads):
             try:
-                return self._open(name, item, self.verify_mode)
+                return self._open(name, item, verify)
             except CorruptEntry:
                 time.sleep(0.02)
                 nothing: Sequence[Any] = [None]
                 again = self._guard("get", lambda: self._load_many([name]), nothing)[0]
                 item = item if again is None else again
-        return self._open(name, item, self.verify_mode)
+        return self._open(name, item, verify)
 
     def _report_bad(self, name: str, text: str) -> None:
         # Once per entry: one that cannot be deleted would otherwise warn on every prompt.
@@ -374,13 +390,13 @@ class BytesStore(SegmentStore):
         raise NotImplementedError
 
     def _load_many(self, names: Sequence[str]) -> Sequence[Any]:
-        items: list[Any] = []
-        for name in names:
-            try:
-                items.append(self._read(name))
-            except CorruptEntry as e:
-                items.append(e)
-        return items
+        return [self._read_or_say(name) for name in names]
+
+    def _read_or_say(self, name: str) -> Any:
+        try:
+            return self._read(name)
+        except CorruptEntry as e:
+            return e
 
     def _open(self, name: str, item: Any, verify: Verify) -> SegmentEntry:
         return decode(item, key=name, secret=self._secret, verify=verify)

@@ -39,15 +39,17 @@ class TieredStore(SegmentStore):
         super().__init__(" > ".join(tier.url for tier in self.tiers), **options)
         self._promote = promote
 
-    def get_many(self, keys: Sequence[Key]) -> Entries:
+    def get_many(self, keys: Sequence[Key], *, defer: bool = False) -> Entries:
         found: Entries = [None] * len(keys)
         for level, tier in enumerate(self.tiers):
             missing = [i for i, entry in enumerate(found) if entry is None]
             if not missing:
                 break
+            wanted = [keys[i] for i in missing]
+            later = defer and not (self._promote and level)  # only what has been hashed is copied into other tiers
             fresh = [
                 (i, entry)
-                for i, entry in zip(missing, tier.get_many([keys[i] for i in missing]), strict=True)
+                for i, entry in zip(missing, tier.get_many(wanted, defer=later), strict=True)
                 if entry is not None
             ]
             for i, entry in fresh:
@@ -69,6 +71,11 @@ class TieredStore(SegmentStore):
         with self._lock:
             self._stat.puts += sum(stored)
         return stored
+
+    def discard(self, key: Key, error: Exception, tier: str = "") -> None:
+        for store in self.tiers:
+            if tier in ("", store.tier):
+                store.discard(key, error, tier)
 
     def contains(self, key: Key) -> bool:
         return any(tier.contains(key) for tier in self.tiers)
