@@ -26,7 +26,7 @@ from .kernel_path import Lengths
 from .layer import Handle, RedKnotLayer, Step, effective_window
 from .memory import MemoryReport
 from .paging.pages import KEEP_ALL, LayerPages
-from .paging.pool import PagePool
+from .paging.pool import SPARE_TOKENS, PagePool
 from .paging.tiers import NEAR_TOKENS, ColdTier, lost_tokens
 from .static import StaticRedKnotLayer, StaticState
 
@@ -119,7 +119,7 @@ class RedKnotCache(Cache):
         self.step: Step | None = None
         self.last_handle: Handle | None = None
         self._device_lens: dict[torch.device, torch.Tensor] = {}
-        self._pools: dict[tuple[torch.device, torch.dtype, int, int], PagePool] = {}
+        self._pools: dict[tuple[int, torch.device, torch.dtype, int, int], PagePool] = {}
         self._lock = threading.Lock()
 
         template = DynamicCache(config=self.config).layers
@@ -218,7 +218,7 @@ class RedKnotCache(Cache):
 
     def new_pages(self, layer: RedKnotLayer) -> LayerPages:
         """Empty page tables for an initialised layer."""
-        pool = self.pool(layer.device, layer.dtype, layer.key_dim, layer.value_dim)
+        pool = self.pool(layer)
         runs = layer.device.type == "cpu"
         geometry = (layer.sink, layer.window, layer.batch_size, layer.rollback)
         if self.tier is None:
@@ -249,10 +249,22 @@ class RedKnotCache(Cache):
             for layer in self.layers
         ]
 
-    def pool(self, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> PagePool:
-        key = (device, dtype, key_dim, value_dim)
+    def pool(self, layer: RedKnotLayer) -> PagePool:
+        """Where an initialised layer's pages come from."""
+        return self._pool_for(layer.index, layer)
+
+    def _pool_for(self, index: int, alike: RedKnotLayer) -> PagePool:
+        """The pool of layer ``index`` if its keys and values are like those of ``alike``.
+
+        Every layer has its own, so that growing holds one layer twice and not the whole cache. Layers in front of a cold
+        tier share one, as they share the pool behind it.
+        """
+        alone = self.tier is None
+        key = (index if alone else -1, alike.device, alike.dtype, alike.key_dim, alike.value_dim)
         if key not in self._pools:
-            self._pools[key] = PagePool(self.page_size, key_dim, value_dim, dtype, device)
+            if alone:  # made ahead by `reserve` for a layer that turned out different
+                self._pools = {other: pool for other, pool in self._pools.items() if other[0] != index}
+            self._pools[key] = PagePool(self.page_size, alike.key_dim, alike.value_dim, alike.dtype, alike.device)
         return self._pools[key]
 
     def join_step(self, layer: RedKnotLayer, length: int) -> Step:
@@ -313,6 +325,8 @@ class RedKnotCache(Cache):
                     layer.seen, layer.pending = min(layer.seen, step.start), None
                 else:
                     layer.reset()
+            if not step.start:
+                self._drop_pools()
             self.seen, self.step, self.last_handle = step.start, None, None
 
     @staticmethod
@@ -378,29 +392,38 @@ class RedKnotCache(Cache):
                 layer.pages.advance(lens - layer.pages.lens)
 
     def reserve(self, layer: RedKnotLayer, step: Step) -> None:
-        """Grow the pool once for all layers of a forward, so that no memory is moved and no layer fails half way.
+        """Grow the pools of all layers before the first of a forward stores anything, so that none fails half way.
+
+        Not for a decode step, where layers take pages one by one, and not for layers that are new and may be on another
+        GPU than this one.
 
         Raises:
             PoolExhausted: nothing of this forward has been stored then.
         """
         assert layer.pages is not None and step.new is not None
-        pool = layer.pages.pool
-        if id(pool) in step.reserved:
+        if id(layer.pages.pool) in step.reserved:
             return
-        step.reserved.add(id(pool))
         if step.length == 1 and step.start:
-            return  # a decode step takes pages one by one
-        wanted, alike = 0, layer.pages
+            step.reserved.add(id(layer.pages.pool))
+            return
+        alike = layer.pages
+        one_device = layer.device.type != "cuda" or self.tp_size > 1 or torch.cuda.device_count() == 1
+        wanted: dict[int, tuple[PagePool, int]] = {}
         for other in self.paged_layers:
-            if other.pages is not None and other.pages.pool is pool:
-                wanted += max(0, other.pages.pages_wanted(step.new) - int((other.pages.table > 0).sum()))
-            elif other.pages is None and other.is_sliding == layer.is_sliding and not step.start:
+            if other.pages is not None:
+                pool = other.pages.pool
+                count = max(0, other.pages.pages_wanted(step.new) - int((other.pages.table > 0).sum()))
+            elif other.is_sliding == layer.is_sliding and not step.start and one_device:
+                pool = self._pool_for(other.index, layer)
                 sink, window, _ = self.geometry(other.index, layer.num_heads, other.model_window)
                 empty = LayerPages(pool, sink, window, layer.batch_size, layer.rollback, alike.contiguous)
-                wanted += empty.pages_wanted(step.new)
-        if layer.device.type == "cuda" and not step.start:
-            wanted //= max(1, torch.cuda.device_count() if self.tp_size == 1 else 1)
-        pool.reserve(wanted)
+                count = empty.pages_wanted(step.new)
+            else:
+                continue
+            wanted[id(pool)] = (pool, wanted.get(id(pool), (pool, 0))[1] + count)
+        for pool, count in wanted.values():
+            pool.reserve(count, spare=count * SPARE_TOKENS // step.length)
+        step.reserved.update(wanted)
 
     def adopt(self, layers: Iterable[tuple[torch.Tensor, torch.Tensor] | None], tokens: int) -> None:
         """Take over keys and values that were computed elsewhere; local heads keep what the rule lets them keep.
@@ -495,6 +518,10 @@ class RedKnotCache(Cache):
             layer.reset()
         self.seen, self.padding, self.step, self.last_handle, self._device_lens = 0, [], None, None, {}
         self._budget = 0
+        self._drop_pools()
+
+    def _drop_pools(self) -> None:
+        """Give the slabs back of which no page is in use, here or in a fork."""
         self._pools = {key: pool for key, pool in self._pools.items() if pool.num_free < pool.num_pages - 1}
 
     def crop(self, tokens_to_remove: int) -> None:

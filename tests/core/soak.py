@@ -48,7 +48,7 @@ class Soak:
         self.root = self._new()
         self.prefix = self._ids(1, 9)
         self._feed(self.root, self.prefix, None)
-        (self.pool,) = self.root._pools.values()
+        self.pools = list(self.root._pools.values())
         self.recycled = self._new()
         self.served = dict.fromkeys(("whole", "cancelled", "stopped"), 0)
         self.sizes: list[int] = []
@@ -73,13 +73,13 @@ class Soak:
             if number % max(1, requests // 10) == 0:
                 self.sizes.append(resident())
                 if report is not None:
-                    report(number, self.sizes[-1], self.pool.num_pages)
+                    report(number, self.sizes[-1], sum(pool.num_pages for pool in self.pools))
         self.recycled.reset()
         gc.collect()
         held = sum(int((layer.pages.table > 0).sum()) for layer in self.root.paged_layers)
-        assert self.pool.num_pages - 1 - self.pool.num_free == held, "pages leaked"
+        assert sum(pool.num_pages - 1 - pool.num_free for pool in self.pools) == held, "pages leaked"
         self.root.reset()
-        assert self.pool.num_free == self.pool.num_pages - 1 and not self.root._pools
+        assert all(pool.num_free == pool.num_pages - 1 for pool in self.pools) and not self.root._pools
         self.sizes.append(resident())
 
     # ------------------------------------------------------------------------------------------- kinds of request

@@ -17,7 +17,10 @@ import torch
 
 from ..errors import PoolExhausted
 
-GROWTH = 1.125  # a growing pool reserves one eighth more than it needs: the price of not copying at every page
+# Growing copies the slabs, so there is room for more than the pages asked for: for about so many tokens, and at most
+# an eighth of what the pool had.
+SPARE_TOKENS = 1024
+SPARE_SHARE = 8
 
 
 class PagePool:
@@ -77,8 +80,12 @@ class PagePool:
         return self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes()
 
     # ------------------------------------------------------------------------------------------------ hand out
-    def reserve(self, count: int) -> None:
+    def reserve(self, count: int, spare: int | None = None) -> None:
         """Make sure that ``count`` more pages are free, growing the slabs if they may grow.
+
+        Args:
+            spare: pages to take on top when it has to grow. None: as many as if each of the ``count`` pages were a head's
+                next one.
 
         Raises:
             PoolExhausted: the capacity is fixed and too small, or the device has no memory for larger slabs. Nothing
@@ -93,7 +100,9 @@ class PagePool:
                     f"the page pool needs {count} free pages ({count * self.page_bytes:,} bytes) but only {self.num_free} "
                     f"of its {self.capacity} are free; make max_cache_len larger, the batch smaller, or release other caches first"
                 )
-            rows = max(self.num_pages + missing, int(self.num_pages * GROWTH))
+            if spare is None:
+                spare = count * (SPARE_TOKENS // self.page_size)
+            rows = self.num_pages + missing + min(spare, self.num_pages // SPARE_SHARE)
             try:  # one slab after the other, so that only one of them is there twice at any time
                 grown = []
                 for name in ("k", "v"):

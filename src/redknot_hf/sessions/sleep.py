@@ -186,7 +186,7 @@ def offload_cache(cache: RedKnotCache, chosen: Iterable[Any]) -> int:
         if not isinstance(other, RedKnotLayer):
             other.offload()
     # slabs without a page in use go back to the allocator, unless a fork still works with them
-    cache._pools = {key: pool for key, pool in cache._pools.items() if pool.num_free < pool.num_pages - 1}
+    cache._drop_pools()
     return sum(sleeper.host_bytes for sleeper in sleepers)
 
 
@@ -249,7 +249,7 @@ def _wake(sleepers: list[SleepingPages]) -> None:
     fresh: list[LayerPages] = []
     for sleeper in sleepers:
         layer, old = sleeper.layer, sleeper.geometry
-        pool = layer.cache.pool(layer.device, layer.dtype, layer.key_dim, layer.value_dim)
+        pool = layer.cache.pool(layer)
         pages = rehoused(old, pool)
         fresh.append(pages)
         wanted[id(pool)] = (pool, wanted.get(id(pool), (pool, 0))[1] + sleeper.state.pages_wanted(pages))
