@@ -25,6 +25,7 @@ from .heads.order import in_order_of
 from .kernel_path import Lengths
 from .layer import Handle, RedKnotLayer, Step, effective_window
 from .memory import MemoryReport
+from .paging.frozen import FrozenPages, kv_dtype_of
 from .paging.pages import KEEP_ALL, LayerPages
 from .paging.pool import SPARE_TOKENS, PagePool
 from .paging.tiers import NEAR_TOKENS, ColdTier, lost_tokens
@@ -32,6 +33,7 @@ from .static import StaticRedKnotLayer, StaticState
 
 logger = logging.getLogger(__name__)
 
+FREEZE_TOKENS = 128  # a cache with kv_dtype quantises after this many tokens, or after an eighth more
 RECORDING_ROLLBACK = 64  # ring slots that assisted decoding gets: more than any default number of drafted tokens
 
 
@@ -58,6 +60,9 @@ class RedKnotCache(Cache):
             whose keys could score highest; a float in (0, 1]: enough for this share of the attention, by the same
             bounds. Approximate unless None or 1.0.
         near_tokens: recent tokens that retrieval heads keep on the device.
+        kv_dtype: keep what is stored in one byte per channel: ``"fp8"`` (``torch.float8_e4m3fn``) or ``"int8"``, with
+            one scale per page for keys and one for values. Approximate. Tokens are quantised when another eighth of the
+            context has come, or at once by `freeze`; until then they are in the model's dtype. None: never.
 
     Raises:
         RedKnotError: an argument is out of range, or the profile is of another shape than the model.
@@ -82,6 +87,7 @@ class RedKnotCache(Cache):
         cold: str = "drop",
         retrieve: int | float | None = None,
         near_tokens: int = NEAR_TOKENS,
+        kv_dtype: torch.dtype | str | None = None,
     ):
         if prefill not in ("windowed", "full"):
             raise RedKnotError(f"prefill={prefill!r}: expected 'windowed' or 'full'")
@@ -113,6 +119,11 @@ class RedKnotCache(Cache):
         self.tier = None if cold == "drop" else ColdTier(cold, retrieve, near_tokens)
         if self.tier is not None and max_cache_len is not None:
             raise RedKnotError(f"cold={cold!r} with max_cache_len: the static form has no cold tier; use one of them")
+        self.kv_dtype = kv_dtype_of(kv_dtype)
+        other = "max_cache_len" if max_cache_len is not None else f"cold={cold!r}" if self.tier is not None else None
+        if self.kv_dtype is not None and other is not None:
+            raise RedKnotError(f"kv_dtype={kv_dtype!r} with {other}: there, tokens stay in the model's dtype; use one")
+        self.frozen_until = 0  # tokens that the latest `freeze` has seen
         self.recording = False
         self.seen = 0
         self.padding: list[tuple[int, np.ndarray]] = []  # (first column, bool [batch, columns]) of chunks with padding
@@ -312,6 +323,8 @@ class RedKnotCache(Cache):
         if self.defers:
             self.flush()
         self._remember_padding()
+        if self.kv_dtype is not None and self.seen - self.frozen_until >= max(FREEZE_TOKENS, self.frozen_until // 8):
+            self.freeze()
         self.step = Step(self.seen, length, layer.batch_size)
         self.seen += length
 
@@ -517,7 +530,7 @@ class RedKnotCache(Cache):
         for layer in self.layers:
             layer.reset()
         self.seen, self.padding, self.step, self.last_handle, self._device_lens = 0, [], None, None, {}
-        self._budget = 0
+        self._budget = self.frozen_until = 0
         self._drop_pools()
 
     def _drop_pools(self) -> None:
@@ -611,6 +624,19 @@ class RedKnotCache(Cache):
             layer.fork(twin) if isinstance(layer, RedKnotLayer) else copy.deepcopy(layer) for layer in self.layers
         ]
         return twin
+
+    def freeze(self) -> None:
+        """Lay what is stored now end to end, for a cache that will rest or be read by many forks.
+
+        With ``kv_dtype`` it is quantised. Without, the partly filled pages of local heads are packed, bit by bit, until
+        they are written to or a kernel reads them. See `paging.frozen`.
+
+        Raises:
+            CacheError: a forward was interrupted, the cache is of the static form, or keys or values are not finite.
+        """
+        from .prefix import freeze_cache
+
+        freeze_cache(self)
 
     # ------------------------------------------------------------------------------------------------- sessions
     def save(self, path: str | os.PathLike[str], *, model: torch.nn.Module | None = None, label: str = "") -> int:
@@ -726,6 +752,7 @@ class RedKnotCache(Cache):
         ideal_heads: list[list[int]] = []
         tables = dense = cold = 0
         archives: dict[int, tuple[PagePool, list[np.ndarray]]] = {}
+        stores: dict[int, Any] = {}
         for layer in self.layers:
             pages = layer.pages if isinstance(layer, RedKnotLayer) else None
             if pages is None:
@@ -744,12 +771,17 @@ class RedKnotCache(Cache):
                 continue
             token = pages.pool.page_bytes // pages.pool.page_size
             held.setdefault(id(pages.pool), (pages.pool, []))[1].append(pages.table[pages.table > 0])
-            live_heads.append(((pages.table > 0).sum((0, 2)) * pages.pool.page_bytes).tolist())
-            ideal_heads.append((pages.stored().sum(0) * token).tolist())
+            for heads, per_head in zip((live_heads, ideal_heads), pages.head_bytes(), strict=True):
+                heads.append(per_head.tolist())
+            if isinstance(pages, FrozenPages):
+                stores[id(pages.store)] = pages.store
+                tables += pages.frozen.nbytes
             tables += pages.table.nbytes
             dense += pages.batch_size * pages.num_heads * self.seen * token
         live = sum(len(np.unique(np.concatenate(lists))) * pool.page_bytes for pool, lists in held.values())
         allocated = sum(pool.allocated_bytes for pool, _ in held.values())
+        frozen = sum(store.nbytes for store in stores.values())
+        live, allocated = live + frozen, allocated + frozen
         for pool, lists in archives.values():
             kept = len(np.unique(np.concatenate(lists))) * pool.page_bytes
             cold += kept

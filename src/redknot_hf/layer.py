@@ -391,9 +391,10 @@ class RedKnotLayer(CacheLayerMixin):
         return self.pages
 
     def kernel_for(self, pages: LayerPages) -> kernel_path.KernelLayer | None:
-        """The kernels over ``pages``; None where they do not serve this layer. They do not know cold pages."""
+        """The kernels over ``pages``; None where they do not serve this layer. They know neither cold nor quantised pages."""
         missing = kernel_path.unavailable(self.device, self.dtype, self.key_dim, self.value_dim, self.cache.page_size)
-        return None if missing or self.cache.tier is not None else kernel_path.KernelLayer(pages)
+        pages.needs_pool = not missing and self.cache.tier is None and not pages.quantised
+        return kernel_path.KernelLayer(pages) if pages.needs_pool else None
 
     def adopt(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         """Store a whole prompt ``[batch, kv_heads, n, dim]`` in an empty layer; see `RedKnotCache.adopt`."""
@@ -401,7 +402,6 @@ class RedKnotLayer(CacheLayerMixin):
         self._append(k, v, step)
         self.seen = step.length
 
-    def _append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
     def lay_out(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The pages of a whole prompt as keys and values ``[batch, kv_heads, slots, dim]`` to be written in place.
 
@@ -431,6 +431,7 @@ class RedKnotLayer(CacheLayerMixin):
             pages.advance(np.full(pages.batch_size, tokens, np.int64))
         self.seen = tokens
 
+    def _append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         """Store a compact chunk, by the kernels where they serve this layer."""
         pages = self.pages
         assert pages is not None and step.new is not None

@@ -4,22 +4,33 @@ A system prompt, long instructions or a code base stand in front of many request
 every head seeing everything, then keeps what each head needs: sinks and window for local heads, all tokens for the
 others. `RedKnotCache.fork` gives every request its own cache over the same pages; a fork costs the pages it writes to.
 
-The prefix itself is exact. What comes after it sees it through the profile, so whatever a local head no longer shows is
-a difference from the uncompressed prefix: `measure_prefix` reports it on tokens of your choice.
+What is kept is frozen: local heads take exactly the rows of their sinks and windows, and with ``kv_dtype`` everything is
+quantised once, with one scale per page for keys and one for values (`paging.frozen`).
+
+The prefix itself is exact. What comes after it sees it through the profile and the ``kv_dtype``, so whatever a local head
+no longer shows, and what quantising rounds, is a difference from the uncompressed prefix: `measure_prefix` reports it
+on tokens of your choice.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from .cache import RedKnotCache
-from .errors import CacheError, RedKnotError
+from .errors import CacheError, PoolExhausted, RedKnotError
 from .heads import HeadProfile
+from .layer import RedKnotLayer
+from .paging.frozen import freeze, kv_dtype_of
+from .paging.pages import LayerPages
+from .paging.pool import PagePool
+from .sessions.sleep import install, prefetch_cache
 
-__all__ = ["PrefixReport", "compress_prefix", "measure_prefix"]
+__all__ = ["PrefixReport", "compress_prefix", "freeze_cache", "measure_prefix"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ def compress_prefix(
             than the result. With a number, activations stay small but all tokens of all heads are held until the end.
         probe: int64 ``[n]`` or ``[rows, n]``, text that may follow; adds the fidelity to the report. All tokens of all
             heads are held until the end, as with ``chunk_size``.
-        options: for `RedKnotCache`, e.g. ``page_size``, ``rollback``, ``cold``.
+        options: for `RedKnotCache`, e.g. ``kv_dtype``, ``page_size``, ``rollback``, ``cold``.
 
     Returns:
         The cache, with a `PrefixReport` in its attribute ``prefix_report``. Fork it for every request and pass the fork
@@ -91,16 +102,72 @@ def compress_prefix(
     cache = RedKnotCache.for_model(model, profile, **options)
     if chunk_size is None and probe is None:
         _feed(model, cache, ids, ids.shape[1])
+        cache.freeze()
         return _reported(cache, ids)
+    kv_dtype = kv_dtype_of(options.pop("kv_dtype", None))
     full = RedKnotCache.for_model(model, HeadProfile.all_global(model.config), **options)
     _feed(model, full, ids, chunk_size or ids.shape[1])
     wanted = None if probe is None else _logits(model, full.fork(), probe)
     full.set_profile(cache.profile if cache.profile is not None else HeadProfile.all_global(model.config))
-    full.profile = cache.profile
+    full.profile, full.kv_dtype = cache.profile, kv_dtype
+    full.freeze()
     kl = same = None
     if wanted is not None:
         kl, same = _difference(wanted, _logits(model, full.fork(), probe))  # type: ignore[arg-type]
+        full.freeze()  # the fork had its pages from the same pool
     return _reported(full, ids, kl, same)
+
+
+def freeze_cache(cache: RedKnotCache) -> None:
+    """Freeze what ``cache`` holds, and give the memory of the pages to the allocator; see `RedKnotCache.freeze`."""
+    if cache.limit is not None:
+        raise CacheError("freeze: the memory of the static form is fixed; build the cache without max_cache_len")
+    cache._settle()
+    prefetch_cache(cache, cache.layers)
+    layers = [layer for layer in cache.paged_layers if layer.pages is not None]
+    for layer in layers:
+        if layer.seen != cache.seen:
+            raise CacheError(
+                f"freeze: layer {layer.index} holds {layer.seen} of {cache.seen} tokens, an earlier forward was "
+                "interrupted. Call cache.reset() and feed the prompt again"
+            )
+    cache.frozen_until = cache.seen
+    if cache.tier is not None:  # what leaves a window is on the host already, and pages of both tiers stay pages
+        return
+    for layer in layers:
+        assert layer.pages is not None
+        install(layer, freeze(layer.pages, cache.kv_dtype, f"layer {layer.index}"))
+    for key, pool in list(cache._pools.items()):
+        with contextlib.suppress(PoolExhausted):  # no memory for both at once: then the pages stay where they are
+            cache._pools[key] = _fit(pool, [layer for layer in layers if layer.pages.pool is pool])  # type: ignore[union-attr]
+
+
+def _fit(pool: PagePool, layers: list[RedKnotLayer]) -> PagePool:
+    """Move the pages of ``layers`` to a pool of exactly their number, unless others hold some of them, too."""
+    tables: list[LayerPages] = [layer.pages for layer in layers if isinstance(layer.pages, LayerPages)]
+    order: list[np.ndarray] = []
+    for pages in tables:  # heads that keep everything first, so that their pages lie side by side again
+        order += [pages.table[:, heads].ravel() for heads in (pages.full_heads, pages.ring_heads)]
+    entries = np.concatenate([np.zeros(0, np.int32), *order])
+    entries = entries[entries > 0]
+    mine = np.bincount(entries, minlength=pool.num_pages)
+    if (pool.refs[entries] > mine[entries]).any():
+        return pool
+    _, first = np.unique(entries, return_index=True)
+    held = entries[np.sort(first)]
+    fresh = PagePool(pool.page_size, pool.k.shape[2], pool.v.shape[2], pool.k.dtype, pool.k.device)
+    number = np.zeros(pool.num_pages, np.int32)
+    number[held] = fresh.alloc(len(held))
+    index = torch.from_numpy(held.astype(np.int64)).to(pool.k.device)
+    for target, source in ((fresh.k, pool.k), (fresh.v, pool.v)):
+        torch.index_select(source, 0, index, out=target[1 : 1 + len(held)])
+    for pages in tables:
+        old, pages.table, pages.pool = pages.table, number[pages.table], fresh
+        fresh.share(pages.table)
+        pool.release(old)
+        pages._changed()
+    fresh.release(number[held])
+    return fresh
 
 
 @torch.no_grad()

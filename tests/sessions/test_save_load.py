@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from redknot_hf import HeadProfile, RedKnotCache, RedKnotError
 from redknot_hf.errors import CacheError, RollbackExceeded, UnsupportedModel
-from redknot_hf.sessions import describe
+from redknot_hf.sessions import describe, files
 
 
 def reload(cache, path, config, **options):
@@ -171,7 +171,7 @@ def test_the_file_describes_itself(tiny, profile, tmp_path):
     cache = make(tiny, profile, 2, 20)
     cache.save(tmp_path / "a", model=tiny, label="chat 7")
     said = describe(tmp_path / "a")
-    assert said["label"] == "chat 7" and said["version"] == 1 and said["seen"] == 20 and said["batch"] == 2
+    assert said["label"] == "chat 7" and said["version"] == files.VERSION and said["seen"] == 20 and said["batch"] == 2
     assert len(said["model"]["weights"]) == 64
 
 
@@ -283,12 +283,10 @@ def test_an_interrupted_forward_is_not_saved(tiny, profile, tmp_path):
 
 
 def test_a_newer_version_is_named(tiny, profile, tmp_path, monkeypatch):
-    from redknot_hf.sessions import files
-
     with monkeypatch.context() as patch:
-        patch.setattr(files, "VERSION", 2)
+        patch.setattr(files, "VERSION", 99)
         make(tiny, profile, 1, 10).save(tmp_path / "a")
-    with pytest.raises(RedKnotError, match="version is 2; this release reads version 1"):
+    with pytest.raises(RedKnotError, match="version is 99; this release reads version 2"):
         RedKnotCache.load(tmp_path / "a", tiny.config)
 
 

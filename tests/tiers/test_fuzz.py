@@ -20,6 +20,7 @@ from session_helpers import tiny_config
 from redknot_hf import HeadProfile, RedKnotCache
 from redknot_hf.attention import redknot_attention_forward
 from redknot_hf.errors import CacheError, RollbackExceeded
+from redknot_hf.layer import RedKnotLayer
 
 LAYERS, HEADS, GROUP, DIM = 2, 3, 2, 8
 SCALE = 0.7
@@ -86,6 +87,27 @@ class Session:
             outs.append(weights @ self.v[layer][:, head, None].double())
         return torch.cat(outs, 1).float().transpose(1, 2)
 
+    def freeze(self) -> None:
+        """What is kept changes by what quantising rounds and no more; from then on it is the truth."""
+        self.cache.freeze()
+        kv_dtype = self.cache.kv_dtype
+        for layer in range(LAYERS):
+            pages = self.cache.layers[layer].pages
+            position = np.arange(self.length)
+            kept = (position < pages.sink[:, None]) | (position >= pages.oldest[..., None])
+            kept = torch.from_numpy(kept)[..., None]
+            for mine, theirs in zip((self.k, self.v), self.cache.layers[layer].dense(), strict=True):
+                change = ((mine[layer] - theirs) * kept).abs()
+                most = mine[layer].abs().amax((2, 3), keepdim=True)
+                if kv_dtype is None:
+                    bound = torch.zeros(1)
+                elif kv_dtype == torch.int8:
+                    bound = most / 127 * 0.5 * 1.001
+                else:  # half of the last of three bits, or of the smallest number
+                    bound = mine[layer].abs() * 2**-4 * 1.07 + most / 448 * 2**-9
+                assert (change <= bound).all()
+                mine[layer] = torch.where(kept, theirs, mine[layer])
+
     def select(self, rows: np.ndarray) -> None:
         index = torch.from_numpy(rows)
         self.k, self.v = [k[index] for k in self.k], [v[index] for v in self.v]
@@ -99,12 +121,12 @@ class Session:
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 OPERATIONS = (
     "decode", "decode", "chunk", "long", "fork", "drop", "crop", "offload", "prefetch", "save", "reorder", "repeat",
-    "profile", "layer",
+    "profile", "layer", "freeze",
 )  # fmt: skip
 program = st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2**16)), min_size=3, max_size=14)
 
 
-def run(program, cold: str, page_size: int, rollback: int, near: int, folder: Path) -> None:
+def run(program, cold: str, page_size: int, rollback: int, near: int, folder: Path, kv_dtype=None) -> None:
     generator = torch.Generator().manual_seed(0)
     config = tiny_config(
         num_hidden_layers=LAYERS,
@@ -115,7 +137,7 @@ def run(program, cold: str, page_size: int, rollback: int, near: int, folder: Pa
     )
     config._attn_implementation = "redknot"
     first = PROFILES[len(program) % len(PROFILES)]
-    options = {} if cold == "drop" else {"cold": cold, "near_tokens": near}
+    options = {"kv_dtype": kv_dtype} if cold == "drop" else {"cold": cold, "near_tokens": near}
     cache = RedKnotCache(config, first, page_size=page_size, rollback=rollback, **options)
     sessions = [Session(cache, first, 2)]
     sessions[0].feed(10, generator)
@@ -145,6 +167,8 @@ def run(program, cold: str, page_size: int, rollback: int, near: int, folder: Pa
             else:
                 session.crop(count)
                 session.shortened = True
+        elif operation == "freeze" and cold == "drop":
+            session.freeze()
         elif operation == "offload":
             cache.offload()
         elif operation == "layer":
@@ -180,7 +204,28 @@ def run(program, cold: str, page_size: int, rollback: int, near: int, folder: Pa
         assert pool.num_free == pool.num_pages - 1 and pool.refs.min() >= 0
 
 
-@pytest.mark.parametrize("cold", ["drop", "cpu", "disk"])
+KINDS = [("drop", None), ("drop", "int8"), ("drop", "fp8"), ("cpu", None), ("disk", None)]
+
+
+@pytest.fixture(autouse=True)
+def freeze_only_when_asked(monkeypatch):
+    monkeypatch.setattr("redknot_hf.cache.FREEZE_TOKENS", 1 << 40)
+
+
+@pytest.fixture
+def pool_only(monkeypatch):
+    """As on a GPU, where the kernels read the pool alone and packed pages are thawed for them."""
+    kernel_for = RedKnotLayer.kernel_for
+
+    def marked(self, pages):
+        kernel = kernel_for(self, pages)
+        pages.needs_pool = not pages.quantised
+        return kernel
+
+    monkeypatch.setattr(RedKnotLayer, "kernel_for", marked)
+
+
+@pytest.mark.parametrize(("cold", "kv_dtype"), KINDS)
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES)
 @given(
     program=program,
@@ -188,13 +233,20 @@ def run(program, cold: str, page_size: int, rollback: int, near: int, folder: Pa
     rollback=st.sampled_from([0, 3, 12]),
     near=st.sampled_from([1, 6, 20]),
 )
-def test_any_program(cold, program, page_size, rollback, near):
+def test_any_program(cold, kv_dtype, program, page_size, rollback, near):
     with tempfile.TemporaryDirectory() as folder:
-        run(program, cold, page_size, rollback, near, Path(folder))
+        run(program, cold, page_size, rollback, near, Path(folder), kv_dtype)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES)
+@given(program=program, page_size=st.sampled_from([4, 8, 16]), rollback=st.sampled_from([0, 3]))
+def test_any_program_over_the_pool_alone(pool_only, program, page_size, rollback):
+    with tempfile.TemporaryDirectory() as folder:
+        run(program, "drop", page_size, rollback, 1, Path(folder))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cold", ["drop", "cpu", "disk"])
+@pytest.mark.parametrize(("cold", "kv_dtype"), KINDS)
 @settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES)
 @given(
     program=program,
@@ -202,6 +254,6 @@ def test_any_program(cold, program, page_size, rollback, near):
     rollback=st.integers(0, 20),
     near=st.integers(1, 40),
 )
-def test_any_program_at_length(cold, program, page_size, rollback, near):
+def test_any_program_at_length(cold, kv_dtype, program, page_size, rollback, near):
     with tempfile.TemporaryDirectory() as folder:
-        run(program, cold, page_size, rollback, near, Path(folder))
+        run(program, cold, page_size, rollback, near, Path(folder), kv_dtype)

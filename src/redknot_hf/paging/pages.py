@@ -46,6 +46,7 @@ class LayerPages:
 
     far: Any = None
     quantised = False  # whether some pages are not in the pool, and not in its dtype (`frozen.FrozenPages`)
+    needs_pool = False  # whoever attends reads the pool alone (the Triton kernels)
 
     def __init__(
         self,
@@ -361,6 +362,14 @@ class LayerPages:
         self._indices: dict[tuple[bytes, int], torch.Tensor] = {}
         self.version = getattr(self, "version", 0) + 1
 
+    def head_bytes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of the pages of each head, and of its tokens without page rounding: two int64 ``[kv_heads]``.
+
+        Summed over the rows; what rows share counts for each of them.
+        """
+        token = self.pool.page_bytes // self.pool.page_size
+        return (self.table > 0).sum((0, 2)) * self.pool.page_bytes, self.stored().sum(0) * token
+
     # ------------------------------------------------------------------------------------- rows of the batch, forks
     def select(self, indices: np.ndarray) -> None:
         """Keep the rows ``indices`` in that order; rows may repeat and then share their pages."""
@@ -477,3 +486,21 @@ class LayerPages:
         with self.pool.lock:
             for slab, rows in ((self.pool.k, k), (self.pool.v, v)):
                 slab.view(-1, slab.shape[2]).index_copy_(0, index, rows[chosen])
+
+
+def live_slots(pages: LayerPages, table: np.ndarray, lens: np.ndarray, oldest: np.ndarray) -> np.ndarray:
+    """Which slots hold a token that has not been overwritten, bool ``[batch, kv_heads, max_pages * page_size]``.
+
+    Args:
+        pages: gives sink, ring and page size; its own table is not looked at.
+        table: int32 ``[batch, kv_heads, max_pages]``.
+        lens, oldest: as in `LayerPages`.
+    """
+    slot = np.arange(table.shape[2] * pages.pool.page_size)
+    sink = pages.sink.astype(np.int64)[:, None]
+    ring = pages.ring.astype(np.int64)[:, None]
+    last = lens[:, None, None] - 1
+    newest = last - (last - slot) % ring  # the newest position that falls into this slot
+    position = np.where((slot < sink) | (last < sink + ring), slot, newest)
+    live = (slot <= last) & (slot < sink + ring)
+    return live & ((position < sink) | (position >= oldest[:, :, None]))

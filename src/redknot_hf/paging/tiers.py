@@ -335,7 +335,7 @@ def rehoused(old: LayerPages, pool: PagePool) -> LayerPages:
     fresh = object.__new__(type(old))
     fresh.__dict__.update(old.__dict__)
     fresh.pool, fresh.shared = pool, False
-    fresh.table = np.zeros((old.batch_size, old.num_heads, 1), np.int32)
+    fresh.table = np.zeros_like(old.table)
     fresh.lens = np.zeros_like(old.lens)
     fresh.oldest = np.broadcast_to(old.sink.astype(np.int64), old.oldest.shape).copy()
     fresh._changed()

@@ -25,12 +25,14 @@ from ..heads import HeadProfile
 from ..heads.codec import from_document, to_document
 from ..heads.model_shape import text_config
 from ..layer import RedKnotLayer
+from ..paging.frozen import FrozenPages
 from ..paging.pages import LayerPages
 from ..paging.pool import PagePool
 from ..paging.tiers import NEAR_TOKENS, TieredPages
 from .container import NAMES, Contents, DamagedFile, Source, read_container, write_container
+from .frozen import capture_frozen, check_filled, restore_frozen
 from .plain import capture_plain, restore_plain
-from .rows import MAX_TOKENS, PageState, read_rows, write_rows
+from .rows import MAX_TOKENS, PageState, frozen_entries, read_rows, write_rows
 from .sleep import SleepingPages, install
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT", "VERSION", "config_digest", "describe", "load_session", "save_session"]
 
 FORMAT = "redknot_hf.session"
-VERSION = 1
+VERSION = 2
 ROOM = 256 << 20  # bytes of pages that any file may ask for; beyond that, `EXPANSION` times its own size
 EXPANSION = 64
 
@@ -109,9 +111,11 @@ def save_session(
             "cold": cache.cold,
             "retrieve": None if cache.tier is None else cache.tier.pick,
             "near_tokens": NEAR_TOKENS if cache.tier is None else cache.tier.near,
+            "kv_dtype": None if cache.kv_dtype is None else str(cache.kv_dtype).removeprefix("torch."),
         },
         "recording": bool(cache.recording),
         "seen": cache.seen,
+        "frozen_until": cache.frozen_until,
         "batch": batch,
         "layers": layers,
     }
@@ -140,7 +144,9 @@ def _capture(prefix: str, pages: LayerPages | SleepingPages) -> list[Source]:
         Source.of(f"{prefix}.sink", torch.from_numpy(pages.sink)),
         Source.of(f"{prefix}.window", torch.from_numpy(pages.window)),
     ]
-    return found + [Source(f"{prefix}.{name}", dtype, (state.num_rows, dim), get) for name, dtype, dim, get in halves]
+    found += [Source(f"{prefix}.{name}", dtype, (state.num_rows, dim), get) for name, dtype, dim, get in halves]
+    held = pages.frozen if isinstance(pages, SleepingPages) else pages
+    return found + (capture_frozen(prefix, held, state.table.shape[2]) if isinstance(held, FrozenPages) else [])
 
 
 def _describe_layer(layer: RedKnotLayer) -> dict[str, Any]:
@@ -244,6 +250,7 @@ class _Loader:
         cache = self._empty_cache()
         batch = _integer(self.said, "batch", 0, 1 << 20)
         cache.seen = _integer(self.said, "seen", 0, MAX_TOKENS)
+        cache.frozen_until = _integer(self.said, "frozen_until", 0, MAX_TOKENS)
         cache.recording = _flag(self.said, "recording")
         layers = _typed(self.said, "layers", list)
         if len(layers) != len(cache.layers):
@@ -292,10 +299,12 @@ class _Loader:
 
     def _empty_cache(self) -> RedKnotCache:
         options = _typed(self.said, "options", dict)
-        known = {"prefill", "page_size", "rollback", "tp_rank", "tp_size", "cold", "retrieve", "near_tokens"}
+        known = {
+            "prefill", "page_size", "rollback", "tp_rank", "tp_size", "cold", "retrieve", "near_tokens", "kv_dtype"
+        }  # fmt: skip
         if set(options) != known:
             raise CacheError(f"unknown or missing options {shorten(sorted(set(options) ^ known))}")
-        for name in known - {"prefill", "cold", "retrieve"}:
+        for name in known - {"prefill", "cold", "retrieve", "kv_dtype"}:
             _integer(options, name, 0, 1 << 30)
         _typed(options, "cold", str)
         document = self.said.get("profile")
@@ -369,12 +378,24 @@ class _Loader:
         layer.key_dim, layer.value_dim, layer.dtype = key_dim, value_dim, dtype
         layer.device, layer.is_initialized, layer.seen = self._device(said, index), True, cache.seen
 
-        pages = cache.new_pages(layer)
+        pages = self._frozen(f"layers.{index}", index, cache.new_pages(layer))
         parts = [self._part(f"layers.{index}", index, pages)]
         archive = getattr(pages, "archive", None)
         if archive is not None:
             parts.append(self._part(f"layers.{index}.cold", index, archive))
         return layer, pages, parts
+
+    def _frozen(self, prefix: str, index: int, pages: LayerPages) -> LayerPages:
+        """``pages``, with the frozen ones that the file has for it."""
+        mine = self._take_all(f"{prefix}.frozen.")
+        if not mine:
+            return pages
+        if type(pages) is not LayerPages:
+            raise CacheError(f"layer {index}: frozen pages in front of a cold tier")
+        try:
+            return restore_frozen(mine, pages)
+        except CacheError as error:
+            raise CacheError(f"layer {index}: {error}") from error
 
     def _part(self, prefix: str, index: int, pages: LayerPages) -> _Part:
         """One page table and its rows, checked."""
@@ -390,7 +411,10 @@ class _Loader:
         if (lens != self.real).any():
             raise CacheError(f"layer {index}: its lengths do not fit the number of tokens and the padding")
         try:
-            state = PageState.checked(pages, table, lens, oldest, self.max_bytes // pool.page_bytes)
+            frozen = frozen_entries(pages, table.shape[2])
+            state = PageState.checked(pages, table, lens, oldest, self.max_bytes // pool.page_bytes, frozen)
+            if isinstance(pages, FrozenPages):
+                check_filled(pages, lens, oldest)
         except CacheError as error:
             raise CacheError(f"layer {index}: {error}") from error
         self.max_bytes -= len(state.live) * pool.page_bytes

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheError
 from ..layer import RedKnotLayer
+from ..paging.frozen import FrozenPages
 from ..paging.pages import LayerPages
 from ..paging.tiers import regrown
 from .sleep import install, prefetch_cache
@@ -37,7 +38,7 @@ def change_profile(cache: RedKnotCache, profile: HeadProfile | None) -> None:
                 layer.index, layer.num_heads, layer.model_window
             )
             if layer.pages is not None:
-                made.append((layer, regrown(layer.pages, cache.new_pages(layer), f"layer {layer.index}")))
+                made.append((layer, _regrown(layer.pages, cache.new_pages(layer), f"layer {layer.index}")))
     except BaseException:
         cache.profile, geometry = before
         for layer, old in zip(layers, geometry, strict=True):
@@ -49,3 +50,15 @@ def change_profile(cache: RedKnotCache, profile: HeadProfile | None) -> None:
         old_pages: Any = layer.pages
         old_pages.free()
         install(layer, pages)
+    cache.frozen_until = 0
+
+
+def _regrown(old: LayerPages, fresh: LayerPages, name: str) -> LayerPages:
+    """`regrown`, with frozen pages read through ordinary ones."""
+    if not isinstance(old, FrozenPages):
+        return regrown(old, fresh, name)
+    plain = old.thawed()
+    try:
+        return regrown(plain, fresh, name)
+    finally:
+        plain.free()

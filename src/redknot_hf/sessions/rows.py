@@ -18,30 +18,13 @@ import numpy as np
 import torch
 
 from ..errors import CacheError, shorten
-from ..paging.pages import LayerPages
+from ..paging.frozen import FrozenPages
+from ..paging.pages import LayerPages, live_slots
 
-__all__ = ["PageState", "live_slots", "read_rows", "write_rows"]
+__all__ = ["PageState", "check_places", "frozen_entries", "read_rows", "write_rows"]
 
 MAX_TOKENS = 1 << 40
 PIECE_BYTES = 16 << 20  # of rows gathered at a time: bounds the copy, not the result
-
-
-def live_slots(pages: LayerPages, table: np.ndarray, lens: np.ndarray, oldest: np.ndarray) -> np.ndarray:
-    """Which slots hold a token that has not been overwritten, bool ``[batch, kv_heads, max_pages * page_size]``.
-
-    Args:
-        pages: gives sink, ring and page size; its own table is not looked at.
-        table: int32 ``[batch, kv_heads, max_pages]``.
-        lens, oldest: as in `LayerPages`.
-    """
-    slot = np.arange(table.shape[2] * pages.pool.page_size)
-    sink = pages.sink.astype(np.int64)[:, None]
-    ring = pages.ring.astype(np.int64)[:, None]
-    last = lens[:, None, None] - 1
-    newest = last - (last - slot) % ring  # the newest position that falls into this slot
-    position = np.where((slot < sink) | (last < sink + ring), slot, newest)
-    live = (slot <= last) & (slot < sink + ring)
-    return live & ((position < sink) | (position >= oldest[:, :, None]))
 
 
 @dataclass
@@ -52,7 +35,7 @@ class PageState:
         table: int32 ``[batch, kv_heads, max_pages]``; pages are numbered from 1 within this state, 0 means none.
         lens: int64 ``[batch]``; oldest: int64 ``[batch, kv_heads]``: as in `LayerPages`.
         live: bool ``[pages, page_size]``, which slots of each page are kept.
-        shared: some page is held by more than one entry of the table.
+        shared: some page is held by more than one entry of the table, or some entries are frozen pages and so not here.
     """
 
     table: np.ndarray
@@ -75,19 +58,28 @@ class PageState:
         held, local = np.unique(table[table > 0], return_inverse=True)
         numbered = np.zeros_like(table)
         numbered[table > 0] = local + 1
-        state = cls.checked(pages, numbered, pages.lens.copy(), pages.oldest.copy())
+        state = cls.checked(
+            pages, numbered, pages.lens.copy(), pages.oldest.copy(), frozen=frozen_entries(pages, width)
+        )
         size = pages.pool.page_size
         rows = (held.astype(np.int64)[:, None] * size + np.arange(size))[state.live]
         return state, rows
 
     @classmethod
     def checked(
-        cls, pages: LayerPages, table: np.ndarray, lens: np.ndarray, oldest: np.ndarray, max_pages: int | None = None
+        cls,
+        pages: LayerPages,
+        table: np.ndarray,
+        lens: np.ndarray,
+        oldest: np.ndarray,
+        max_pages: int | None = None,
+        frozen: np.ndarray | None = None,
     ) -> PageState:
         """A state from arrays that may come from anywhere, for the geometry of ``pages``.
 
         Args:
             max_pages: refuse more distinct pages than that before anything of their size is made.
+            frozen: int32, shaped like ``table``, not 0 for entries that are frozen pages and so not in ``table``.
 
         Raises:
             CacheError: the arrays contradict each other or the geometry.
@@ -103,19 +95,17 @@ class PageState:
         if table.shape[2] != max(1, int(used.max(initial=0))) or (table < 0).any():
             raise CacheError("the page tables do not fit the lengths")
         present = np.arange(table.shape[2]) < used[..., None]
+        if frozen is not None:
+            if frozen.shape != table.shape or (frozen < 0).any() or ((frozen > 0) & ~present).any():
+                raise CacheError("the frozen pages do not fit the lengths")
+            present &= frozen == 0
         if ((table > 0) != present).any():
             raise CacheError("the page tables do not fit the lengths")
         entries = table[present]
         count = int(entries.max(initial=0))
         if count > len(entries) or (np.bincount(entries, minlength=count + 1)[1:] == 0).any():
             raise CacheError("the page tables name pages that are not there")
-        place = np.broadcast_to(
-            np.arange(used.shape[1])[:, None] * table.shape[2] + np.arange(table.shape[2]), table.shape
-        )
-        owner = np.zeros(count + 1, np.int64)
-        owner[entries] = place[present]
-        if (owner[entries] != place[present]).any():
-            raise CacheError("a page is shared by other heads or at another place than in the other rows")
+        check_places(table)
         if max_pages is not None and count > max_pages:
             raise CacheError(f"{count:,} pages are more than the {max_pages:,} that its size allows")
         size = pages.pool.page_size
@@ -124,7 +114,7 @@ class PageState:
             of_row = slice(row, row + 1)
             slots = live_slots(pages, table[of_row], lens[of_row], oldest[of_row]).reshape(*table[of_row].shape, size)
             live[table[of_row][present[of_row]] - 1] |= slots[present[of_row]]
-        return cls(table, lens, oldest, live, count < len(entries))
+        return cls(table, lens, oldest, live, count < len(entries) or bool(frozen is not None and frozen.any()))
 
     def pages_wanted(self, pages: LayerPages) -> int:
         """Pages that `place` takes from the pool, at most."""
@@ -151,6 +141,30 @@ class PageState:
         pages.lens, pages.oldest = self.lens.copy(), self.oldest.copy()
         pages._changed()
         return (placed[1:].astype(np.int64)[:, None] * size + np.arange(size))[self.live]
+
+
+def check_places(table: np.ndarray) -> None:
+    """Raise unless every page of ``table [batch, kv_heads, pages]`` belongs to one head and one place there.
+
+    Raises:
+        CacheError: attention would read tokens of another head or position.
+    """
+    present = table > 0
+    entries = table[present]
+    column = np.arange(table.shape[2])
+    place = np.broadcast_to(np.arange(table.shape[1])[:, None] * table.shape[2] + column, table.shape)
+    owner = np.zeros(int(entries.max(initial=0)) + 1, np.int64)
+    owner[entries] = place[present]
+    if (owner[entries] != place[present]).any():
+        raise CacheError("a page is shared by other heads or at another place than in the other rows")
+
+
+def frozen_entries(pages: LayerPages, width: int) -> np.ndarray | None:
+    """Which entries of the table are frozen pages, int32 ``[batch, kv_heads, width]``; None if there are none."""
+    if not isinstance(pages, FrozenPages):
+        return None
+    missing = max(0, width - pages.frozen.shape[2])
+    return np.pad(pages.frozen, ((0, 0), (0, 0), (0, missing)))[:, :, :width]
 
 
 def read_rows(slab: torch.Tensor, rows: np.ndarray) -> Iterator[torch.Tensor]:

@@ -22,6 +22,7 @@ import torch
 
 from ..errors import CacheError, PoolExhausted
 from ..layer import RedKnotLayer
+from ..paging.frozen import FrozenPages
 from ..paging.pages import LayerPages
 from ..paging.tiers import rehoused
 from .rows import PageState, read_rows, write_rows
@@ -80,7 +81,12 @@ class SleepingPages:
 
     @property
     def host_bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self.keys.nbytes + self.values.nbytes + (0 if self.frozen is None else self.frozen.store.nbytes)
+
+    @property
+    def frozen(self) -> FrozenPages | None:
+        """The table with its frozen pages, which are on the host now, if there are any."""
+        return self.geometry if isinstance(self.geometry, FrozenPages) and self.awake is None else None
 
     @property
     def archive(self) -> LayerPages | None:
@@ -103,7 +109,8 @@ class SleepingPages:
     def rows_per_head_bytes(self) -> list[int]:
         """Bytes of the tokens of each head, ``[kv_heads]``, summed over the batch."""
         stored = np.minimum(self.state.lens[:, None], self.sink.astype(np.int64) + self.ring).sum(0)
-        return (stored * self.token_bytes).tolist()
+        ideal = stored * self.token_bytes
+        return (ideal if self.frozen is None else self.frozen.frozen_bytes(ideal, self.token_bytes)).tolist()
 
     def rest(self) -> tuple[PageState, torch.Tensor, torch.Tensor]:
         """State, keys and values ``[rows, dim]`` on the host, without waking; waits for a copy that is under way."""
@@ -139,6 +146,8 @@ class SleepingPages:
     def let_go(self) -> None:
         """Drop the host memory, keeping the widths."""
         self.keys, self.values = (half.new_empty(0, half.shape[1]) for half in (self.keys, self.values))
+        if isinstance(self.geometry, FrozenPages):
+            self.geometry.melt()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -201,19 +210,29 @@ def _lull(layer: RedKnotLayer) -> SleepingPages:
             try:
                 host = host_empty(len(rows), slab.shape[2], slab.dtype, pinned)
             except (MemoryError, RuntimeError) as error:
-                raise CacheError(
-                    f"the host has no memory for {len(rows):,} tokens of layer {layer.index}: the cache stays on "
-                    f"{layer.device}. Save it to disk with cache.save(path), or free other sessions first"
-                ) from error
+                raise CacheError(_no_host_memory(layer, len(rows))) from error
             start = 0
             for piece in read_rows(slab, rows):
                 host[start : start + len(piece)].copy_(piece, non_blocking=pinned)
                 start += len(piece)
             halves.append(host)
-        sleeper = SleepingPages(layer, _geometry(pages), state, *halves)
+        geometry = _geometry(pages)
+        if isinstance(geometry, FrozenPages):
+            try:
+                geometry.store = geometry.store.to("cpu", pinned)
+            except (MemoryError, RuntimeError) as error:
+                raise CacheError(_no_host_memory(layer, int(geometry.store.start[-1]))) from error
+        sleeper = SleepingPages(layer, geometry, state, *halves)
         if stream is not None:
             sleeper.copied = stream.record_event()
     return sleeper
+
+
+def _no_host_memory(layer: RedKnotLayer, tokens: int) -> str:
+    return (
+        f"the host has no memory for {tokens:,} tokens of layer {layer.index}: the cache stays on {layer.device}. Save it "
+        "to disk with cache.save(path), or free other sessions first"
+    )
 
 
 def _geometry(pages: LayerPages) -> LayerPages:
@@ -221,7 +240,7 @@ def _geometry(pages: LayerPages) -> LayerPages:
     twin = object.__new__(type(pages))
     twin.__dict__.update(pages.__dict__)
     twin.pool = None  # type: ignore[assignment]
-    twin.table = np.zeros((pages.batch_size, pages.num_heads, 1), np.int32)
+    twin.table = np.zeros_like(pages.table)
     twin._changed()
     return twin
 
@@ -265,6 +284,8 @@ def _wake(sleepers: list[SleepingPages]) -> None:
         with copy_stream(sleeper.layer.device):
             write_rows(pages.pool.k, where, sleeper.keys)
             write_rows(pages.pool.v, where, sleeper.values)
+        if isinstance(pages, FrozenPages):
+            pages.store = pages.store.to(sleeper.layer.device)
         sleeper.awake = pages
         install(sleeper.layer, pages)
     for sleeper in sleepers:

@@ -186,9 +186,7 @@ def _paged(
     held = torch.arange(longest, device=device)
     old = torch.from_numpy(past).to(device)
     if longest:
-        index = torch.from_numpy(pages.rows(np.arange(longest), np.arange(heads)).ravel()).to(device)
-        slab = pages.pool.k.view(-1, pages.pool.k.shape[2])
-        keys = torch.cat([slab.index_select(0, index).view(batch, heads, longest, -1).to(key.dtype), key], 2)
+        keys = torch.cat([pages.gather(np.arange(longest), np.arange(heads))[0].to(key.dtype), key], 2)
     if real is None:
         if (past == longest).all():
             old = old[:1]  # one line of positions for all sequences

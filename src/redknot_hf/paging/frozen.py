@@ -1,0 +1,468 @@
+"""Frozen pages: tokens that were written once and are read many times, in exactly the rows they need.
+
+A prefix that many requests share is read by all of them and written to by none. `freeze` takes such pages out of the
+pool and lays their tokens end to end: without the empty slots behind the last token of a page and, if a ``kv_dtype`` is
+given, in one byte per channel. Two forms:
+
+- ``kv_dtype`` None: the partly filled pages of local heads alone are packed, in the dtype of the model. Nothing changes
+  in value. 4 + 256 tokens take 260 rows instead of five pages of 64.
+- ``torch.float8_e4m3fn`` or ``torch.int8``: every page is quantised, with one float32 scale for its keys and one for
+  its values: scale = largest magnitude / largest number of the dtype. This is approximate, once: what is frozen again
+  without having been written to is not quantised again.
+
+`FrozenPages` is a page table in which an entry is a page of the pool or a frozen one. New tokens go to ordinary pages.
+A frozen page that is about to be written to is thawed, that is copied into an ordinary page of this table alone; the
+others, and forks, go on reading the frozen one. Reading makes a copy in the model's dtype of what one layer reads,
+for as long as that layer attends. The Triton kernels do not know frozen pages: packed ones are thawed when a
+kernel comes to read them, quantised ones are read by the torch path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import CacheError, RedKnotError, shorten
+from .pages import LayerPages, live_slots
+
+__all__ = ["KV_DTYPES", "FrozenPages", "FrozenRows", "freeze", "kv_dtype_of"]
+
+KV_DTYPES = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest number of each
+_SPELLINGS = {"fp8": torch.float8_e4m3fn, "float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
+PIECE_PAGES = 1024  # pages that are quantised at a time: bounds the float32 copy
+
+
+def kv_dtype_of(given: Any) -> torch.dtype | None:
+    """The dtype of frozen pages that an argument names, None for that of the model.
+
+    Raises:
+        RedKnotError: no such dtype.
+    """
+    found = _SPELLINGS.get(given) if isinstance(given, str) else given
+    if given is None or (isinstance(found, torch.dtype) and found in KV_DTYPES):
+        return found
+    raise RedKnotError(
+        f"kv_dtype={shorten(given)}: expected 'fp8' (torch.float8_e4m3fn), 'int8' (torch.int8), or None for the dtype of "
+        "the model"
+    )
+
+
+class FrozenRows:
+    """Keys and values of frozen pages; never changed, shared by every table that reads them.
+
+    Pages are numbered from 1; those that are full come first, so that they can be read page by page.
+
+    Args:
+        k: ``[rows, key_dim]``; v: ``[rows, value_dim]``: in ``kv_dtype``, or in the dtype of the model.
+        start: int64 ``[pages + 1]`` on the host: page ``p`` is rows ``start[p - 1]`` to ``start[p]``.
+        k_scale, v_scale: float32 ``[pages]``, what a page's numbers are multiplied with; None in the model's dtype.
+    """
+
+    def __init__(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        start: np.ndarray,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+    ):
+        self.k, self.v, self.start, self.k_scale, self.v_scale = k, v, start, k_scale, v_scale
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.start) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Keys, values, scales and the table of rows."""
+        halves = [self.k, self.v, self.k_scale, self.v_scale]
+        return sum(half.nbytes for half in halves if half is not None) + self.start.nbytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token, key and value."""
+        return self.k.shape[1] * self.k.element_size() + self.v.shape[1] * self.v.element_size()
+
+    def empty(self) -> FrozenRows:
+        """No pages, in the same form."""
+        none = [None if half is None else half.new_empty(0, *half.shape[1:]) for half in (self.k_scale, self.v_scale)]
+        k, v = (half.new_empty(0, half.shape[1]) for half in (self.k, self.v))
+        return FrozenRows(k, v, np.zeros(1, np.int64), *none)
+
+    def part(self, numbers: np.ndarray) -> FrozenRows:
+        """Some of the pages (increasing ``numbers``), numbered anew; shares memory if they are all."""
+        if len(numbers) == self.num_pages:
+            return self
+        counts = self.counts(numbers)
+        rows = _ranges(self.start[numbers - 1], counts, self.k.device)
+        which = torch.from_numpy(numbers.astype(np.int64) - 1).to(self.k.device)
+        halves = [_raw(half)[rows].view(half.dtype) for half in (self.k, self.v)]
+        scales = [None if scale is None else scale[which] for scale in (self.k_scale, self.v_scale)]
+        start = np.concatenate([[0], np.cumsum(counts)])
+        return FrozenRows(halves[0], halves[1], start, scales[0], scales[1])
+
+    def counts(self, numbers: np.ndarray) -> np.ndarray:
+        """Rows of each page; 0 for number 0."""
+        return np.concatenate([[0], np.diff(self.start)])[numbers]
+
+    def to(self, device: torch.device | str, pinned: bool = False) -> FrozenRows:
+        """The same rows on another device; page-locked there if ``pinned``. Shares what is there already."""
+        halves: list[Any] = []
+        for half in (self.k, self.v, self.k_scale, self.v_scale):
+            if half is not None and half.device != torch.device(device):
+                target = torch.empty(half.shape, dtype=half.dtype, device=device, pin_memory=pinned)
+                half = target.copy_(half, non_blocking=half.is_pinned())
+            halves.append(half)
+        return FrozenRows(halves[0], halves[1], self.start, halves[2], halves[3])
+
+    def read(self, numbers: np.ndarray, page_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages ``numbers`` (int ``[n]``, each 1 or more) in ``dtype``: two ``[n, page_size, dim]``, zero behind their rows."""
+        counts = self.counts(numbers)
+        whole = bool((counts == page_size).all())
+        first = self.start[numbers - 1]
+        if not whole:
+            offset = np.arange(page_size)
+            inside = torch.from_numpy(offset < counts[:, None]).to(self.k.device)[..., None]
+            rows = torch.from_numpy((first[:, None] + np.minimum(offset, counts[:, None] - 1)).ravel())
+        else:
+            rows = torch.from_numpy(first // page_size)  # full pages come first: they are aligned
+        rows, which = rows.to(self.k.device), torch.from_numpy(numbers - 1).to(self.k.device)
+        halves = []
+        for half, scale in ((self.k, self.k_scale), (self.v, self.v_scale)):
+            raw = _raw(half)
+            if whole:
+                full = int(numbers.max(initial=0))
+                found = raw[: full * page_size].view(full, page_size, -1).index_select(0, rows)
+            else:
+                found = raw.index_select(0, rows).view(len(numbers), page_size, -1)
+            if scale is not None:
+                found = found.view(half.dtype).float().mul_(scale.index_select(0, which)[:, None, None])
+            found = found.to(dtype)
+            halves.append(found if whole else found.masked_fill(~inside, 0))
+        return halves[0], halves[1]
+
+    def rows(self, numbers: np.ndarray, offsets: np.ndarray, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Single tokens: slots ``offsets`` of pages ``numbers`` (int ``[n]``) in ``dtype``, two ``[n, dim]``.
+
+        A slot behind a page's rows gives its last row: mask it.
+        """
+        row = self.start[numbers - 1] + np.minimum(offsets, self.counts(numbers) - 1)
+        index, which = (torch.from_numpy(part).to(self.k.device) for part in (row, numbers - 1))
+        halves = []
+        for half, scale in ((self.k, self.k_scale), (self.v, self.v_scale)):
+            raw = _raw(half)
+            found = raw.index_select(0, index)
+            if scale is not None:
+                found = found.view(half.dtype).float().mul_(scale.index_select(0, which)[:, None])
+            halves.append(found.to(dtype))
+        return halves[0], halves[1]
+
+
+class FrozenPages(LayerPages):
+    """A page table whose entries are pages of the pool or frozen ones; made by `freeze`.
+
+    Attributes:
+        frozen: int32, shaped like ``table``: the number of a frozen page in ``store``, 0 for none. Where it is not 0,
+            ``table`` is 0.
+        store: the frozen pages, shared with forks.
+    """
+
+    frozen: np.ndarray
+    store: FrozenRows
+
+    @classmethod
+    def around(cls, pages: LayerPages, frozen: np.ndarray, store: FrozenRows) -> FrozenPages:
+        """``pages`` (which is used up) with some of its entries frozen."""
+        made = object.__new__(cls)
+        made.__dict__.update(pages.__dict__)
+        made.frozen, made.store = frozen, store
+        # runs of whole heads are read as views: only where nothing of such a head is frozen
+        made.contiguous = made.contiguous and not frozen[:, made.full_heads].any()
+        made._changed()
+        return made
+
+    @property
+    def quantised(self) -> bool:  # type: ignore[override]
+        return self.store.k_scale is not None
+
+    @property
+    def _guarded(self) -> bool:
+        return self.shared or bool(self.frozen.any())
+
+    # ---------------------------------------------------------------------------------------------------- grow
+    def pages_wanted(self, new: np.ndarray) -> int:
+        kept = self.frozen > 0
+        return super().pages_wanted(new) - int(kept.sum()) + int((kept & self._will_touch(new)).sum())
+
+    def _will_touch(self, new: np.ndarray) -> np.ndarray:
+        if self.needs_pool:
+            return np.ones(self.frozen.shape, bool)
+        width = self.frozen.shape[2]
+        wide = max(width, int(self.pages_for(self.lens + new).max(initial=0)))
+        probe = object.__new__(LayerPages)
+        probe.__dict__.update(self.__dict__)
+        probe.table = np.zeros((*self.table.shape[:2], wide), np.int32)
+        return probe._touched(new)[:, :, :width]
+
+    def prepare(self, new: np.ndarray) -> None:
+        if self.needs_pool and self.frozen.any():
+            self._own(self.frozen > 0)
+        super().prepare(new)
+
+    def _changed(self) -> None:
+        super()._changed()
+        columns = self.table.shape[2]
+        if self.frozen.shape[2] != columns:
+            missing = max(0, columns - self.frozen.shape[2])
+            self.frozen = np.pad(self.frozen, ((0, 0), (0, 0), (0, missing)))[:, :, :columns]
+
+    def _own(self, touched: np.ndarray) -> None:
+        """Thaw those of these pages that are frozen; then copy those that others hold too."""
+        cold = touched & (self.frozen > 0)
+        if cold.any():
+            with self.pool.lock:
+                fresh = self.pool.alloc(int(cold.sum()))
+                self._fill(fresh, self.frozen[cold].astype(np.int64))
+                self.table[cold] = fresh
+                self.frozen[cold] = 0
+                self._changed()
+        if self.shared:
+            super()._own(touched)
+
+    def _fill(self, pages: np.ndarray, numbers: np.ndarray) -> None:
+        for begin in range(0, len(pages), PIECE_PAGES):
+            part = slice(begin, begin + PIECE_PAGES)
+            index = torch.from_numpy(pages[part].astype(np.int64)).to(self.pool.k.device)
+            k, v = self.store.read(numbers[part], self.pool.page_size, self.pool.k.dtype)
+            self.pool.k.index_copy_(0, index, k)
+            self.pool.v.index_copy_(0, index, v)
+
+    def thawed(self) -> LayerPages:
+        """An ordinary table with the same content, in pages of its own or shared with this one; free it after use."""
+        twin = self.fork()
+        twin._own(twin.frozen > 0)
+        plain = object.__new__(LayerPages)
+        plain.__dict__.update({name: value for name, value in twin.__dict__.items() if name not in ("frozen", "store")})
+        return plain
+
+    # ---------------------------------------------------------------------------------------------------- read
+    def gather(self, positions: np.ndarray, heads: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = super().gather(positions, heads)
+        slot = np.maximum(self.slots(positions, heads), 0)
+        size = self.pool.page_size
+        column = np.minimum(slot // size, self.frozen.shape[2] - 1)
+        numbers = self.frozen[np.arange(self.batch_size)[:, None, None], heads[None, :, None], column]
+        if numbers.any():
+            where = np.flatnonzero(numbers)
+            offsets = np.broadcast_to(slot % size, numbers.shape).ravel()[where]
+            found = self.store.rows(numbers.ravel()[where].astype(np.int64), offsets, k.dtype)
+            index = torch.from_numpy(where).to(k.device)
+            for half, rows in zip((k, v), found, strict=True):
+                half.view(-1, half.shape[3]).index_copy_(0, index, rows)
+        return k, v
+
+    def copies(self, heads: np.ndarray, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        part = np.zeros((self.batch_size, len(heads), count), np.int64)
+        width = min(count, self.frozen.shape[2])
+        part[:, :, :width] = self.frozen[:, heads, :width]
+        numbers = part.ravel()
+        if not numbers.any():
+            return super().copies(heads, count)
+        pool, size, cold = self.pool, self.pool.page_size, np.flatnonzero(numbers)
+        halves = self.store.read(numbers[cold], size, pool.k.dtype)
+        if len(cold) < len(numbers):
+            hot = np.flatnonzero(numbers == 0)
+            own = torch.from_numpy(self.table[:, heads, :count].ravel()[hot].astype(np.int64)).to(pool.k.device)
+            into_hot, into_cold = (torch.from_numpy(index).to(pool.k.device) for index in (hot, cold))
+            mixed = []
+            for slab, found in zip((pool.k, pool.v), halves, strict=True):
+                whole = slab.new_empty(len(numbers), *slab.shape[1:])
+                whole.index_copy_(0, into_cold, found)
+                mixed.append(whole.index_copy_(0, into_hot, slab.index_select(0, own)))
+            halves = mixed[0], mixed[1]
+        shape = (self.batch_size, len(heads), count * size, -1)
+        return halves[0].view(shape), halves[1].view(shape)
+
+    def _runs_of(self, heads: np.ndarray, key: int | str | None, rows: slice) -> tuple[int, int, int] | None:
+        if key not in self._runs and self.frozen[rows][:, heads].any():
+            self._runs[key] = None
+        return super()._runs_of(heads, key, rows)
+
+    def head_bytes(self) -> tuple[np.ndarray, np.ndarray]:
+        live, ideal = super().head_bytes()
+        rows = self.store.counts(self.frozen).sum((0, 2))
+        scales = 0 if self.store.k_scale is None else 8 * (self.frozen > 0).sum((0, 2))
+        token = self.pool.page_bytes // self.pool.page_size
+        return live + rows * self.store.token_bytes + scales, self.frozen_bytes(ideal, token)
+
+    def frozen_bytes(self, ideal: np.ndarray, token: int) -> np.ndarray:
+        """Bytes of each head's tokens when frozen ones count as they are kept; ``token``: bytes of one that is not."""
+        return ideal + self.store.counts(self.frozen).sum((0, 2)) * (self.store.token_bytes - token)
+
+    def melt(self) -> None:
+        """Let go of the frozen pages."""
+        self.frozen = np.zeros_like(self.table)
+        self.store = self.store.empty()
+
+    # ------------------------------------------------------------------------------------- rows of the batch, forks
+    def select(self, indices: np.ndarray) -> None:
+        frozen = self.frozen[indices]
+        super().select(indices)
+        self.frozen = frozen
+
+    def fork(self) -> FrozenPages:
+        twin = super().fork()
+        assert isinstance(twin, FrozenPages)
+        twin.frozen = self.frozen.copy()
+        return twin
+
+    def free(self) -> None:
+        super().free()
+        self.melt()
+
+    def _drop(self, heads: np.ndarray) -> None:
+        super()._drop(heads)
+        self.frozen[:, heads] = 0
+
+    def crop(self, removed: np.ndarray) -> None:
+        keep = self.pages_for(self.lens - removed)
+        self.frozen[np.arange(self.frozen.shape[2]) >= keep[..., None]] = 0
+        super().crop(removed)
+
+
+# ---------------------------------------------------------------------------------------------------------- freeze
+def freeze(pages: LayerPages, kv_dtype: torch.dtype | None, name: str) -> LayerPages:
+    """The table with what it holds now frozen; ``pages`` is used up, and its pages are given back to the pool.
+
+    Args:
+        pages: of one layer.
+        kv_dtype: one of `KV_DTYPES`, or None to pack only; see the module.
+        name: of the layer, for errors.
+
+    Raises:
+        CacheError: keys or values are not finite, so that no scale can be found. Nothing has changed then.
+    """
+    size = pages.pool.page_size
+    used = pages.pages_for(pages.lens)
+    width = max(1, int(used.max(initial=0)))
+    inside = np.arange(width) < used[..., None]
+    table = np.where(inside, pages.table[:, :, :width], 0)
+    old = np.zeros_like(table)
+    store = None
+    if isinstance(pages, FrozenPages):
+        store, old = pages.store, np.where(inside, pages.frozen[:, :, :width], 0)
+        if store.k_scale is None and kv_dtype is not None:  # packed ones have to be quantised: through the pool
+            plain = pages.thawed()
+            try:
+                made = freeze(plain, kv_dtype, name)
+            except CacheError:
+                plain.free()
+                raise
+            pages.free()
+            return made
+        if kv_dtype is None and store.k_scale is not None:
+            kv_dtype = store.k.dtype
+    live = live_slots(pages, table, pages.lens, pages.oldest).reshape(*table.shape, size)
+    filled = np.where(live.any(3), size - live[..., ::-1].argmax(3), 1)  # up to the last live slot, at least one
+    chosen = table > 0
+    if kv_dtype is None:
+        local = np.zeros(table.shape, bool)
+        local[:, pages.ring_heads] = True
+        chosen &= local & (filled < size)
+    held, local_number = np.unique(table[chosen], return_inverse=True)
+    counts = np.zeros(len(held), np.int64)
+    np.maximum.at(counts, local_number, filled[chosen])  # rows of the batch that share a page may see more of it
+    kept, kept_number = np.unique(old[old > 0], return_inverse=True)
+    if not len(held) and (store is None or len(kept) == store.num_pages):
+        return pages  # nothing to freeze that is not frozen
+    all_counts = counts if store is None else np.concatenate([store.counts(kept), counts])
+    order = np.argsort(all_counts < size, kind="stable")  # full pages first
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    frozen = np.zeros(table.shape, np.int32)
+    frozen[chosen] = place[len(kept) + local_number] + 1
+    if len(kept):
+        frozen[old > 0] = place[kept_number] + 1
+    start = np.concatenate([[0], np.cumsum(all_counts[order])])
+    fresh = _store(pages, held, counts, store, kept, order, start, kv_dtype, name)
+    rest = np.where(chosen, 0, pages.table[:, :, :width])
+    pages.pool.release(table[chosen])
+    pages.table = rest
+    return FrozenPages.around(pages, frozen, fresh)
+
+
+def _store(
+    pages: LayerPages,
+    held: np.ndarray,
+    counts: np.ndarray,
+    old: FrozenRows | None,
+    kept: np.ndarray,
+    order: np.ndarray,
+    start: np.ndarray,
+    kv_dtype: torch.dtype | None,
+    name: str,
+) -> FrozenRows:
+    """Rows of the ``kept`` pages of ``old``, as they are, and of the pool's pages ``held``, in ``order``."""
+    pool, device = pages.pool, pages.pool.k.device
+    stored = pool.k.dtype if kv_dtype is None else kv_dtype
+    number_of = np.empty(len(order), np.int64)  # of each page, kept ones first
+    number_of[order] = np.arange(len(order))
+    halves: list[torch.Tensor] = []
+    scales: list[torch.Tensor | None] = []
+    for which, slab in enumerate((pool.k, pool.v)):
+        rows = torch.empty(int(start[-1]), slab.shape[2], dtype=stored, device=device)
+        scale = None if kv_dtype is None else torch.empty(len(order), device=device)
+        raw = _raw(rows)
+        if old is not None and len(kept):
+            source = (old.k, old.v)[which]
+            flat = _raw(source)
+            number = old.counts(kept)
+            raw[_ranges(start[number_of[: len(kept)]], number, device)] = flat[
+                _ranges(old.start[kept - 1], number, device)
+            ]
+            if scale is not None:
+                old_scale = (old.k_scale, old.v_scale)[which]
+                into = torch.from_numpy(number_of[: len(kept)]).to(device)
+                scale[into] = old_scale[torch.from_numpy(kept - 1).to(device)]  # type: ignore[index]
+        for begin in range(0, len(held), PIECE_PAGES):
+            part = slice(begin, begin + PIECE_PAGES)
+            into = number_of[len(kept) :][part]
+            chunk = slab.index_select(0, torch.from_numpy(held[part].astype(np.int64)).to(device))
+            inside = torch.from_numpy(np.arange(pool.page_size) < counts[part][:, None]).to(device)
+            if kv_dtype is not None:
+                chunk, found = _quantised(chunk.float(), inside, kv_dtype)
+                if not bool(torch.isfinite(found).all()):
+                    raise CacheError(
+                        f"{name}: some {('keys', 'values')[which]} are not finite, so they cannot be kept in {kv_dtype}"
+                    )
+                assert scale is not None
+                scale[torch.from_numpy(into).to(device)] = found
+            raw[_ranges(start[into], counts[part], device)] = chunk[inside]
+        halves.append(rows)
+        scales.append(scale)
+    return FrozenRows(halves[0], halves[1], start, scales[0], scales[1])
+
+
+def _quantised(x: torch.Tensor, inside: torch.Tensor, kv_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 pages ``[n, page_size, dim]`` -> their bytes (uint8, same shape) and scales, float32 ``[n]``."""
+    x = x.masked_fill(~inside[..., None], 0)
+    largest = KV_DTYPES[kv_dtype]
+    scale = x.abs().amax((1, 2)) / largest
+    x = x / torch.where(scale > 0, scale, 1.0)[:, None, None]
+    if not kv_dtype.is_floating_point:
+        x = x.round_()
+    return x.clamp_(-largest, largest).to(kv_dtype).view(torch.uint8), scale
+
+
+def _raw(rows: torch.Tensor) -> torch.Tensor:
+    """Bytes for dtypes of one byte: torch has no kernels that pick rows of float8."""
+    return rows.view(torch.uint8) if rows.element_size() == 1 else rows
+
+
+def _ranges(first: np.ndarray, counts: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The numbers ``first[i] ... first[i] + counts[i] - 1`` of every i, one after the other."""
+    ends = np.cumsum(counts)
+    steps = np.arange(int(ends[-1]) if len(ends) else 0)
+    return torch.from_numpy(np.repeat(first - (ends - counts), counts) + steps).to(device)
