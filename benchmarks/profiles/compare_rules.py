@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import gzip
 import json
 import platform
@@ -36,15 +37,19 @@ import rules
 from plot_rules import plot
 
 from redknot_hf.heads.profiler.checkpoint import Checkpoint
-from redknot_hf.heads.profiler.choose import judge_on, select_profile
+from redknot_hf.heads.profiler.choose import select_profile
 from redknot_hf.heads.profiler.collect import Workload, batches, build_prompts, frozen, measure_heads, workload
 from redknot_hf.heads.profiler.intercept import decoder_layout
+from redknot_hf.heads.profiler.objective import Objective
+from redknot_hf.heads.profiler.refine import Search, search_on
 from redknot_hf.heads.profiler.tasks import collate, make_needles, make_texts
 from redknot_hf.heads.profiler.texts import TokenStream
 from redknot_hf.heads.profiler.validation import Prompts, Row, full_reference, measure, summarise
 from redknot_hf.heads.profiler.visibility import HeadMap
 
 KINDS = ("passkey", "number", "lookup")
+WINDOWS = (64, 128, 256, 512, 1024)
+"""Window sizes that ours may give a local head; the mean is that of all other rules."""
 
 
 class Log:
@@ -160,57 +165,95 @@ def main() -> None:
 
 
 def calibrate(model: Any, tokenizer: Any, layout: Any, args: argparse.Namespace, log: Log):
-    """The profiler's own measurements, and single-head ablation for the rule of that name."""
+    """The profiler's own measurements, single-head ablation for the rules of that name, and ours at every budget.
+
+    Ablation is measured on the prompts of our search; the other rules need gradients or scores of the scored pass.
+    """
     device = next(model.parameters()).device
     context = args.contexts[0]
-    load: Workload = workload(device, context, args.calibration)
+    load: Workload = workload(device, context, args.calibration, sum(p.numel() for p in model.parameters()))
     steps = args.gate_steps or (64 if device.type == "cpu" else 200)
     source = None if args.made_up else read_texts(args.data, "valid")
     needles, texts = build_prompts(tokenizer, source, "profile", load.needles, load.texts, context, load.rows, 0)
     measured = measure_heads(
-        model, layout, needles, texts, load, sink=rules.SINK, windows=(64, 128, 256, 512, 1024),
+        model, layout, needles, texts, load, sink=rules.SINK, windows=WINDOWS,
         gate_window=rules.WINDOW, gate_steps=steps, gate_weight=5.0, seed=0, checkpoint=Checkpoint(args.out /
         "calibration.safetensors", "comparison"), progress=log,
     )  # fmt: skip
     log("calibrated on", len(needles), "needles and", len(texts), "texts,", steps, "gate steps")
-    size = 1 if device.type == "cpu" else 16
-    judge = judge_on(model, measured.prompts)
-    if load.fresh_selection:
-        fresh = build_prompts(tokenizer, source, "selection", load.needles, load.texts, context, load.rows, 0)
+    prompts = measured.prompts
+    if load.search_needles:
+        measured.prompts.clear()
+        fresh = build_prompts(
+            tokenizer, source, "selection", load.search_needles, load.search_texts, context, load.rows, 0
+        )  # fmt: skip
         groups = [*batches(fresh[0], load.batch), *batches(fresh[1], load.batch)]
-        judge = judge_on(model, [full_reference(model, collate(group, device)) for group in groups], args.modes)
-    few = [full_reference(model, collate(needles[: max(1, min(size, len(needles)))], device))]
-    ablation = rules.ablate(model, layout, few, lambda cell: None)
-    log("ablated", len(ablation), "heads on", len(few[0].batch), "needles")
-    profiles = {
-        b: select_profile(model.config, layout, measured, budget=b, judge=judge, exchanges=load.exchanges)
-        for b in args.budgets
-    }
-    for budget, profile in profiles.items():
-        log(f"ours at {budget:.0%}:", json.dumps(profile.metadata["selection"]))
+        prompts = [full_reference(model, collate(group, device)) for group in groups]
+    ablation = rules.ablate(model, layout, prompts)
+    log("ablated", len(ablation[0]), "heads on", sum(len(prompt.batch) for prompt in prompts), "prompts")
+    profiles: dict[str, dict[float, Any]] = {}
+    known: dict[Any, Any] = {}
+    for mode in args.modes:
+        search = remembering(known, search_on(
+            model, layout, prompts, windows=WINDOWS, sink=rules.SINK, objective=Objective(),
+            sketches=load.search_sketches, seed=0, mode=mode, rounds=load.rounds, lengths=load.lengths,
+            singles=load.singles,
+        ))  # fmt: skip
+        profiles[mode] = {
+            b: select_profile(model.config, layout, measured, budget=b, search=search) for b in args.budgets
+        }
+        for budget, profile in profiles[mode].items():
+            log(f"ours at {budget:.0%}, {mode}:", json.dumps(profile.metadata["selection"]))
     return measured, ablation, profiles, load, steps
 
 
+def remembering(known: dict[Any, Any], search: Search) -> Search:
+    """The same search; what was measured or expanded for one mode is not done again for the other."""
+
+    def cost(choices: Any) -> list[float]:
+        keys = [tuple(choice.tolist()) for choice in choices]
+        new = {key: choice for key, choice in zip(keys, choices, strict=True) if key not in known}
+        if new:
+            known.update(zip(new, search.cost(list(new.values())), strict=True))
+        return [known[key] for key in keys]
+
+    def expand(choice: Any, number: int) -> Any:
+        key = (tuple(choice.tolist()), number, "expanded")
+        if key not in known:
+            known[key] = search.expand(choice, number)
+        return known[key]
+
+    return dataclasses.replace(search, cost=cost, expand=expand)
+
+
 def head_maps(
-    layout: Any, measured: Any, ablation: Any, profiles: dict[float, Any], args: argparse.Namespace
-) -> list[tuple[str, float, HeadMap]]:
-    """(rule, budget, map), the most telling first."""
+    layout: Any, measured: Any, ablation: Any, profiles: dict[str, dict[float, Any]], args: argparse.Namespace
+) -> dict[str, list[tuple[str, float, HeadMap]]]:
+    """By mode: (rule, budget, map), the most telling first. Only ours depends on the mode."""
     cells = len(layout.layers) * layout.num_kv_heads
     by_rule = rules.orders(measured, layout, ablation)
-    maps = [("all global", 1.0, HeadMap.uniform(layout.num_layers, layout.num_kv_heads, rules.SINK, 2**30))]
-    maps.append(("all local", 0.0, rules.uniform_map(layout, [])))
-    for rule in rules.RULES:
-        for budget in args.budgets:
-            if rule == "ours":
-                visible = HeadMap.from_profile(profiles[budget])
-            else:
-                visible = rules.uniform_map(layout, by_rule[rule][: round(budget * cells)])
-            maps.append((rule, budget, visible))
-    return maps
+    found: dict[str, list[tuple[str, float, HeadMap]]] = {}
+    for mode in args.modes:
+        maps = [("all global", 1.0, HeadMap.uniform(layout.num_layers, layout.num_kv_heads, rules.SINK, 2**30))]
+        maps.append(("all local", 0.0, rules.uniform_map(layout, [])))
+        for rule in rules.RULES:
+            for budget in args.budgets:
+                if rule == "ours":
+                    visible = HeadMap.from_profile(profiles[mode][budget])
+                else:
+                    visible = rules.uniform_map(layout, by_rule[rule][: round(budget * cells)])
+                maps.append((rule, budget, visible))
+        for other in args.modes:
+            if other != mode:
+                budget = min(args.budgets, key=lambda b: abs(b - args.profile_budget))
+                visible = HeadMap.from_profile(profiles[other][budget])
+                maps.insert(2, (f"ours, chosen for {other}", budget, visible))
+        found[mode] = maps
+    return found
 
 
 def run(
-    model: Any, layout: Any, maps: list[tuple[str, float, HeadMap]], profiles: dict[float, Any],
+    model: Any, layout: Any, maps: dict[str, list[tuple[str, float, HeadMap]]], profiles: dict[str, dict[float, Any]],
     sets: dict[str, list[Prompts]], args: argparse.Namespace, log: Log, load: Workload, gate_steps: int,
 ) -> None:  # fmt: skip
     """Evaluate every map in every mode, writing after each."""
@@ -225,7 +268,7 @@ def run(
     short, long = args.contexts
     half = {name: batches_[: max(1, len(batches_) // 2)] for name, batches_ in sets.items()}
     for mode in args.modes:
-        for rule, budget, visible in maps:
+        for rule, budget, visible in maps[mode]:
             if log.seconds > args.max_seconds:
                 log("out of time before", mode, rule, budget)
                 continue
@@ -251,7 +294,7 @@ def run(
             )
             write(args.out, environment, results, rows_by_map)
             log(f"{mode:8s} {rule:22s} {budget:4.0%}", describe(entry))
-            if rule == "ours":
+            if rule.startswith("ours"):
                 save_profile(args, profiles, environment, results)
     try:
         plot(args.out / "results.json", args.out / "rules.png")
@@ -309,14 +352,17 @@ def write(out: Path, environment: dict[str, Any], results: list[dict[str, Any]],
 
 
 def save_profile(
-    args: argparse.Namespace, profiles: dict[float, Any], environment: dict[str, Any], results: list[Any]
+    args: argparse.Namespace, profiles: dict[str, dict[float, Any]], environment: dict[str, Any], results: list[Any]
 ) -> None:
-    """The profile of --profile-budget with what this run measured of it."""
-    profile = profiles[min(profiles, key=lambda b: abs(b - args.profile_budget))]
+    """The profile of --profile-budget, chosen for the cache's default mode, with what this run measured of it."""
+    chosen = "windowed" if "windowed" in profiles else args.modes[0]
+    profile = profiles[chosen][min(args.budgets, key=lambda b: abs(b - args.profile_budget))]
     budget = profile.metadata["budget"]["global_fraction"]
     validation = {}
     for entry in results:
-        if entry["rule"] == "ours" and entry["budget"] == budget:
+        if entry["rule"] == ("ours" if entry["mode"] == chosen else f"ours, chosen for {chosen}"):
+            if entry["budget"] != budget:
+                continue
             keys = {
                 "text": "text",
                 f"needle_{args.contexts[0]}": "needle_short",
@@ -325,7 +371,7 @@ def save_profile(
             validation[entry["mode"]] = {name: rounded(entry[key]) for name, key in keys.items()}
     profile.metadata.update(
         model="HuggingFaceTB/SmolLM2-135M-Instruct" if "smol" in args.model.lower() else args.model,
-        seed=0, prefill="windowed", device=environment["device"], dtype=args.dtype,
+        seed=0, prefill=chosen, device=environment["device"], dtype=args.dtype,
         data={
             "calibration": environment["calibration"],
             "texts": "the package's own" if args.made_up else "WikiText-2 validation set",

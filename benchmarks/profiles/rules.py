@@ -14,16 +14,18 @@ import torch
 
 from redknot_hf.heads.profiler.collect import Measured
 from redknot_hf.heads.profiler.intercept import DecoderLayout
-from redknot_hf.heads.profiler.validation import Prompts, measure
+from redknot_hf.heads.profiler.many_maps import map_costs
+from redknot_hf.heads.profiler.validation import Prompts
 from redknot_hf.heads.profiler.visibility import KEEP_ALL, HeadMap
 
 WINDOW = 256
 SINK = 4
 
 RULES = {
-    "ours": "gates find retrieval heads, predicted joint KL fills and sizes the rest",
+    "ours": "candidates from gates and predicted joint KL, then a search over all heads and windows together",
     "gates": "gate optimisation alone, ties by output error on needles",
     "ablation": "KL at needle answers with this head alone local",
+    "ablation (text)": "KL on text with this head alone local",
     "retrieval score": "attention of answer rows on the needle, best query head",
     "output error (needle)": "|full - windowed| / |full| at o_proj input, answer rows",
     "output error (text)": "the same on text rows",
@@ -37,7 +39,9 @@ RULES = {
 
 
 def orders(
-    measured: Measured, layout: DecoderLayout, ablation: dict[tuple[int, int], float]
+    measured: Measured,
+    layout: DecoderLayout,
+    ablation: tuple[dict[tuple[int, int], float], dict[tuple[int, int], float]],
 ) -> dict[str, list[tuple[int, int]]]:
     """Heads by rule, most important first; "ours" is not here (it is not one order)."""
     means = measured.scores.means()
@@ -53,7 +57,8 @@ def orders(
     gates = measured.gates
     found = {
         "gates": by(lambda l, h: gates[l, h] + 1e-6 * error[l, h]),
-        "ablation": by(lambda l, h: ablation[l, h]),
+        "ablation": by(lambda l, h: ablation[0][l, h]),
+        "ablation (text)": by(lambda l, h: ablation[1][l, h]),
         "retrieval score": by(lambda l, h: means["retrieval"][l, h]),
         "output error (needle)": by(lambda l, h: error[l, h]),
         "output error (text)": by(lambda l, h: means["text_error"][l, h, middle]),
@@ -68,21 +73,12 @@ def orders(
 
 
 def ablate(
-    model: Any, layout: DecoderLayout, prompts: Sequence[Prompts], progress: Any
-) -> dict[tuple[int, int], float]:
-    """KL at the answers with one head local and all others global, eviction before the question."""
+    model: Any, layout: DecoderLayout, prompts: Sequence[Prompts]
+) -> tuple[dict[tuple[int, int], float], dict[tuple[int, int], float]]:
+    """KL at the answers, and on text, with one head local and all others global, eviction before the question."""
     cells = [(l, h) for l in layout.layers for h in range(layout.num_kv_heads)]
-    cost = {}
-    for cell in cells:
-        rows = []
-        for prompt in prompts:
-            visible = HeadMap.uniform(
-                layout.num_layers, layout.num_kv_heads, SINK, WINDOW, keep=[other for other in cells if other != cell]
-            )
-            rows += measure(model, prompt, visible, "full")
-        cost[cell] = sum(row.kl for row in rows) / len(rows)
-        progress(cell)
-    return cost
+    costs = map_costs(model, prompts, [uniform_map(layout, [c for c in cells if c != cell]) for cell in cells])
+    return dict(zip(cells, costs[:, 1].tolist(), strict=True)), dict(zip(cells, costs[:, 0].tolist(), strict=True))
 
 
 def uniform_map(layout: DecoderLayout, chosen: Sequence[tuple[int, int]]) -> HeadMap:

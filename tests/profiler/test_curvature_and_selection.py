@@ -19,7 +19,6 @@ from redknot_hf.heads.profiler.selection import (
     choose_windows,
     head_count,
     rank_heads,
-    swaps,
 )
 from redknot_hf.heads.profiler.tasks import Sample, collate
 from redknot_hf.heads.profiler.validation import full_reference, measure, summarise, wilson
@@ -114,20 +113,14 @@ def test_head_count(budget, heads, count):
     assert head_count(budget, heads) == count
 
 
-def test_candidates_and_exchanges_keep_count_and_bytes():
+def test_candidates_keep_count_and_bytes():
     rows = random_model(12, 3, 1).rows
     windows, gates = (8, 16, 32), torch.linspace(0, 1, 12)
     found = candidates(gates, rows, rows.flip(0), 4, windows, 16)
     assert len(found) >= 3 and len({tuple(choice.tolist()) for choice in found.values()}) == len(found)
-    model, tried = QuadraticModel(rows), set()
     for choice in found.values():
         assert int((choice < 0).sum()) == 4
-        tokens = sum(windows[w] for w in choice.tolist() if w >= 0)
-        assert tokens <= 16 * 8
-        new, pair = swaps(choice, model, tried)
-        tried.add(pair)
-        assert int((new < 0).sum()) == 4 and sum(windows[w] for w in new.tolist() if w >= 0) == tokens
-        assert swaps(choice, model, tried)[1] != pair
+        assert sum(windows[w] for w in choice.tolist() if w >= 0) <= 16 * 8
 
 
 def test_wilson_interval():

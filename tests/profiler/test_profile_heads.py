@@ -197,25 +197,28 @@ def test_an_encoder_decoder_is_refused_by_name():
 
 
 @pytest.mark.parametrize("prefill_mode", ["windowed", "full"])
-def test_the_work_of_a_gpu_batches_fresh_selection_and_exchanges(
-    planted_model, byte_tokenizer, monkeypatch, prefill_mode
-):
+def test_the_work_of_a_gpu_batches_and_prompts_of_the_search(planted_model, byte_tokenizer, monkeypatch, prefill_mode):
     """What only a GPU does by default, run here with small numbers."""
-    load = Workload(4, 2, 4, 2, True, 3, 64, 4, 2, 2)
+    load = Workload(
+        needles=4, texts=2, held_needles=4, held_texts=2, rows=64, text_sketches=4, needle_sketches=2, gate_steps=12,
+        batch=2, search_needles=6, search_texts=2, rounds=3, lengths=(1, 2, 4), singles=4, search_sketches=2,
+    )  # fmt: skip
     monkeypatch.setattr("redknot_hf.heads.profiler.api.workload", lambda *_: load)
-    modes = []
-    judged = api.judge_on
+    seen = []
+    search_on = api.search_on
 
-    def spy(model, prompts, used):
-        modes.append((len(prompts), used))
-        return judged(model, prompts, used)
+    def spy(model, layout, prompts, **arguments):
+        seen.append((len(prompts), arguments["mode"]))
+        return search_on(model, layout, prompts, **arguments)
 
-    monkeypatch.setattr(api, "judge_on", spy)
+    monkeypatch.setattr(api, "search_on", spy)
     profile = profile_heads(planted_model, byte_tokenizer, budget=1 / 3, prefill=prefill_mode, **FAST)
-    assert modes == [(3, (prefill_mode,))]  # two batches of needles, one of texts, in the deployed mode
-    measured = profile.metadata["selection"]["measured"]
-    totals = {name: sum(costs.values()) for name, costs in measured.items()}
-    kept = totals.pop("after exchanges", None)
-    assert kept is None or kept < min(totals.values())
+    assert seen == [(4, prefill_mode)]  # three batches of needles, one of texts
+    selection = profile.metadata["selection"]
+    costs = [one["cost"] for one in selection["search"]]
+    assert costs == sorted(costs, reverse=True) and costs[0] == min(selection["measured"].values())
+    assert ("deployed" in selection) == (prefill_mode == "windowed")
+    if prefill_mode == "windowed":
+        assert selection["deployed"][selection["chosen"]] == min(selection["deployed"].values())
     assert sum(name == "global" for row in profile.head_class for name in row) == 2
     assert profile.metadata["validation"]["needle"]["n"] == 4

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-accuracy-drop", type=float, metavar="SHARE", help="with --tolerance: retrieval prompts that may be lost"
     )
-    parser.add_argument("--method", default="gates+error", help="gates+error, gates or error (default %(default)s)")
+    parser.add_argument("--method", default="joint", help="joint, gates+error, gates or error (default %(default)s)")
     parser.add_argument("--sink", type=int, default=4, help="first tokens that local heads keep (default %(default)s)")
     parser.add_argument(
         "--windows",
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=int, help="retrieval prompts (default: 5 on a CPU, 40 on a GPU)")
     parser.add_argument(
-        "--gate-steps", type=int, default=64, help="steps of the gate optimisation (default %(default)s)"
+        "--gate-steps", type=int, help="steps of the gate optimisation (default: what the device does in time)"
     )
     parser.add_argument(
         "--texts", nargs="+", metavar="FILE", help="UTF-8 text files to calibrate on (default: made-up prose)"

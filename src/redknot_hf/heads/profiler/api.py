@@ -12,9 +12,11 @@ from typing import Any
 from ...errors import RedKnotError, shorten
 from ..profile import HeadProfile
 from .checkpoint import Checkpoint
-from .choose import METHODS, judge_on, select_profile
+from .choose import METHODS, select_profile
 from .collect import batches, build_prompts, fingerprint, frozen, measure_heads, workload
 from .intercept import decoder_layout
+from .objective import Objective
+from .refine import search_on
 from .tasks import collate
 from .tolerance import read_tolerance, search_budget
 from .validation import PREFILL_MODES, Prompts, full_reference, validate_profile
@@ -29,14 +31,14 @@ def profile_heads(
     *,
     budget: float | None = None,
     tolerance: float | Mapping[str, float] | None = None,
-    method: str = "gates+error",
+    method: str = "joint",
     sink: int = 4,
     windows: Sequence[int] = (64, 128, 256, 512, 1024),
     mean_window: int = 256,
     prefill: str = "windowed",
     context: int = 2048,
     seed: int = 0,
-    gate_steps: int = 64,
+    gate_steps: int | None = None,
     gate_weight: float = 5.0,
     samples: int | None = None,
     validate: bool = True,
@@ -61,10 +63,10 @@ def profile_heads(
         windows: sizes a local head may get, tokens, increasing.
         mean_window: average window of local heads, tokens: fixes the bytes, whatever windows are chosen.
         prefill: the mode of the cache that will be used: "windowed" applies windows during prefill, "full" evicts after
-            it. The validation is run in this mode, on a GPU the choice as well; the scores do not depend on it.
+            it. The last choice between a few maps and the validation are made in this mode; scores and search are not.
         context: tokens per calibration context.
         seed: of prompts, prose and sketches; equal seeds give equal profiles on one machine.
-        gate_steps: of Adam.
+        gate_steps: of Adam; None for what the device does in time (32 on a CPU, 120 on a GPU, 32 there from 1B on).
         gate_weight: of the KL against the mean gate; more keeps more heads.
         samples: retrieval prompts; None for what the device does in minutes (5 on a CPU, 40 on a GPU).
         validate: False skips the validation (not with `tolerance`).
@@ -92,7 +94,8 @@ def profile_heads(
 
     layout = decoder_layout(model)
     device = next(model.parameters()).device
-    load = workload(device, context, samples)
+    load = workload(device, context, samples, sum(parameter.numel() for parameter in model.parameters()))
+    gate_steps = load.gate_steps if gate_steps is None else gate_steps
     needles, plain = build_prompts(tokenizer, texts, "profile", load.needles, load.texts, context, load.rows, seed)
     held = build_prompts(
         tokenizer, texts, "validation", load.held_needles, load.held_texts, context, load.rows, seed
@@ -108,27 +111,34 @@ def profile_heads(
     batched = [*batches(needles, load.batch), *batches(plain, load.batch)]
     units = sum(1 + (load.text_sketches if b[0].kind == "text" else load.needle_sketches) for b in batched) + steps
     held_batches = [*batches(held[0], load.batch), *batches(held[1], load.batch)] if validate else []
-    with frozen(model), _bar(units + 2 * len(held_batches), progress) as bar:
+    rounds = load.rounds if method == "joint" and budget is not None else 0
+    with frozen(model), _bar(units + rounds + 2 * len(held_batches), progress) as bar:
         measured = measure_heads(
             model, layout, needles, plain, load, sink=sink, windows=windows, gate_window=gate_window,
             gate_steps=steps, gate_weight=gate_weight, seed=seed, checkpoint=state, progress=bar,
         )  # fmt: skip
-        bar.set_description("choosing")
+        bar.set_description("preparing the search")
         prompts = measured.prompts
-        if load.fresh_selection and method == "gates+error":
+        if load.search_needles and method != "gates":
+            measured.prompts.clear()  # their KV makes room for the search's
             fresh = build_prompts(
-                tokenizer, texts, "selection", load.needles, load.texts, context, load.rows, seed
+                tokenizer, texts, "selection", load.search_needles, load.search_texts, context, load.rows, seed
             )  # fmt: skip
             groups = [*batches(fresh[0], load.batch), *batches(fresh[1], load.batch)]
             prompts = [full_reference(model, collate(group, device)) for group in groups]
-        judge = judge_on(model, prompts, (prefill,) if load.fresh_selection else ("full",))
-        bar.set_description("validating")
+        search = search_on(
+            model, layout, prompts, windows=windows, sink=sink, objective=Objective(), sketches=load.search_sketches,
+            seed=seed, mode=prefill, rounds=load.rounds, lengths=load.lengths, singles=load.singles,
+            step=lambda: bar.update(1),
+        )  # fmt: skip
+        bar.set_description("full cache on held-out prompts")
         references: list[Prompts] = []
         for group in held_batches:
             references.append(full_reference(model, collate(group, device)))
             bar.update(1)
 
         def build(fraction: float) -> HeadProfile:
+            bar.set_description("choosing")
             return select_profile(
                 model.config,
                 layout,
@@ -136,8 +146,7 @@ def profile_heads(
                 budget=fraction,
                 method=method,
                 mean_window=mean_window,
-                judge=judge,
-                exchanges=load.exchanges,
+                search=search,
             )
 
         if bounds is None:
@@ -153,6 +162,7 @@ def profile_heads(
             "texts": f"{len(texts)} texts of the user" if texts else "made-up prose and Python's language reference",
             "context": context, "needles": load.needles, "text_samples": load.texts, "seed": seed,
             "text_rows": load.rows, "gate_steps": steps, "sketches": [load.text_sketches, load.needle_sketches],
+            "search_needles": load.search_needles or load.needles, "search_texts": load.search_texts or load.texts,
         },
         seed=seed,
         device=str(device.type),
@@ -181,6 +191,8 @@ def _check(
     if not sizes[0] <= mean_window:
         raise RedKnotError(f"mean_window is {mean_window}; expected at least the smallest window, {sizes[0]}")
     for name, value, least in (("sink", sink, 0), ("context", context, 128), ("gate_steps", gate_steps, 0)):
+        if value is None and name == "gate_steps":
+            continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise RedKnotError(f"{name} is {shorten(value)}; expected an integer of at least {least}")
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):

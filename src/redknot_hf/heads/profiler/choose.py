@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,16 +12,20 @@ from ..model_shape import describe_config
 from ..profile import HeadProfile
 from .collect import Measured
 from .intercept import DecoderLayout
-from .selection import QuadraticModel, candidates, head_count, swaps
-from .validation import Prompts, measure, rounded, summarise
-from .visibility import HeadMap
+from .refine import Search, refine
+from .selection import QuadraticModel, candidates, head_count
+from .validation import rounded
 
-__all__ = ["METHODS", "judge_on", "select_profile"]
+__all__ = ["METHODS", "select_profile"]
 
-METHODS = ("gates+error", "gates", "error")
-"""`gates+error`: maps that mix gates and predicted KL, the best of them by measured KL. `gates`: gates alone, one
-window.
-`error`: predicted KL alone, no gate optimisation."""
+METHODS = ("joint", "gates+error", "gates", "error")
+"""`joint`: the best of the candidates, then a search over all heads and windows together. `gates+error`: maps that mix
+gates and predicted KL, the best of them by measured cost. `gates`: gates alone, one window. `error`: predicted KL alone,
+no gate optimisation, the best by measured cost."""
+
+
+_FINALISTS = 2
+"""Candidates that are measured in the mode of the deployment beside the result of the search."""
 
 
 def select_profile(
@@ -31,10 +34,9 @@ def select_profile(
     measured: Measured,
     *,
     budget: float,
-    method: str = "gates+error",
+    method: str = "joint",
     mean_window: int = 256,
-    judge: Callable[[HeadMap], dict[str, float]] | None = None,
-    exchanges: int = 0,
+    search: Search | None = None,
 ) -> HeadProfile:
     """Turn measurements into a profile at one budget.
 
@@ -45,8 +47,7 @@ def select_profile(
         budget: fraction of attention heads that stay global.
         method: one of `METHODS`.
         mean_window: tokens per local head on average.
-        judge: measures what a map costs, as named numbers whose sum counts; None takes the first candidate unmeasured.
-        exchanges: swaps of a global and a local head to try on the best candidate; each is kept if it costs less.
+        search: measures what maps cost; None takes the first candidate unmeasured.
     """
     windows = measured.scores.windows
     cells = [(l, h) for l in layout.layers for h in range(layout.num_kv_heads)]
@@ -75,24 +76,24 @@ def select_profile(
 
     best = next(iter(found))
     chosen = found[best]
-    costs: dict[str, dict[str, float]] = {}
-    if judge is not None and method != "gates" and 0 < count < len(cells):
-        costs = {name: judge(HeadMap.from_profile(profile_of(choice))) for name, choice in found.items()}
-        best = min(costs, key=lambda name: sum(costs[name].values()))
-        chosen = found[best]
-        model = QuadraticModel.join([(text, 1.0), (needle, 1.0)])
-        tried: set[tuple[int, int]] = set()
-        lowest = costs[best]
-        for _ in range(exchanges):
-            proposal = swaps(chosen, model, tried)
-            if proposal is None:
-                break
-            tried.add(proposal[1])
-            cost = judge(HeadMap.from_profile(profile_of(proposal[0])))
-            if sum(cost.values()) < sum(lowest.values()):
-                chosen, lowest = proposal[0], cost
-        if chosen is not found[best]:
-            costs["after exchanges"] = lowest
+    note: dict[str, Any] = {}
+    if search is not None and method != "gates" and 0 < count < len(cells):
+        names = list(found)
+        options = [torch.where(choice < 0, len(windows), choice) for choice in found.values()]
+        costs = list(search.cost(options))
+        ranked = sorted(range(len(names)), key=lambda i: costs[i])
+        note["measured"] = dict(zip(names, costs, strict=True))
+        finalists = {names[i]: options[i] for i in ranked[:_FINALISTS]}
+        if method == "joint":
+            refined, history = refine(options[ranked[0]], mean_window * (len(cells) - count), search)
+            finalists = {"joint search": refined, **finalists}
+            note.update(started_from=names[ranked[0]], search=history)
+        best = next(iter(finalists))
+        if search.deployed is not None:
+            paid = list(search.deployed(list(finalists.values())))
+            note["deployed"] = dict(zip(finalists, paid, strict=True))
+            best = min(finalists, key=note["deployed"].__getitem__)
+        chosen = torch.where(finalists[best] == len(windows), -1, finalists[best])
     profile = profile_of(chosen)
     predicted = {
         kind: QuadraticModel.join([(rows, 1.0)]).predict(chosen) for kind, rows in (("text", text), ("needle",
@@ -105,29 +106,10 @@ def select_profile(
         "budget": {
             "global_fraction": budget, "global_heads": count, "heads": len(cells), "mean_window": mean_window,
         },
-        "selection": {"chosen": best, "predicted_kl": rounded(predicted), "measured": rounded(costs)},
+        "selection": {"chosen": best, "predicted_kl": rounded(predicted), **rounded(note)},
         "scores": _scores(measured, layout, middle),
     }  # fmt: skip
     return profile
-
-
-def judge_on(
-    model: Any, prompts: Sequence[Prompts], modes: Sequence[str] = ("full",)
-) -> Callable[[HeadMap], dict[str, float]]:
-    """What a map costs on prompts, as numbers to be added: KL on text, KL at needle answers, and a tenth of the share
-    of answer tokens that change (KL alone does not see how close an answer is to flipping); means over the modes."""
-
-    def judge(visible: HeadMap) -> dict[str, float]:
-        total: dict[str, float] = {}
-        for mode in modes:
-            summary = summarise([row for prompt in prompts for row in measure(model, prompt, visible, mode)], draws=0)
-            costs = {f"{kind}_kl": summary[kind]["kl"] for kind in ("text", "needle") if kind in summary}
-            if "needle" in summary:
-                costs["answers_changed"] = 0.1 * (1 - summary["needle"]["top1"])
-            total = {key: total.get(key, 0.0) + value / len(modes) for key, value in costs.items()}
-        return total
-
-    return judge
 
 
 def _scores(measured: Measured, layout: DecoderLayout, middle: int) -> dict[str, list[list[float | None]]]:

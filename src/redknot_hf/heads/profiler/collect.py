@@ -34,40 +34,63 @@ class Workload:
         needles, texts: prompts of the scored pass and of the gates.
         held_needles, held_texts: prompts of the validation.
         rows: tokens of a text's suffix.
-        fresh_selection: choose between candidate maps on prompts of their own and in the deployed mode, not on those of
-            the scored pass with eviction after it (which needs no new prefill).
-        exchanges: swaps of heads that the choice tries.
-        text_sketches, needle_sketches: random backward passes per batch.
+        text_sketches, needle_sketches: random backward passes per batch of the scored pass.
+        gate_steps: of Adam.
         batch: prompts per forward pass.
+        search_needles, search_texts: prompts on which maps are compared; 0 takes those of the scored pass, which need no
+            new prefill.
+        rounds, lengths, singles, search_sketches: of the search (`refine.Search`, `local_model.linearise`).
     """
 
     needles: int
     texts: int
     held_needles: int
     held_texts: int
-    fresh_selection: bool
-    exchanges: int
     rows: int
     text_sketches: int
     needle_sketches: int
+    gate_steps: int
     batch: int
+    search_needles: int
+    search_texts: int
+    rounds: int
+    lengths: tuple[int, ...]
+    singles: int
+    search_sketches: int
 
 
-def workload(device: torch.device, context: int, samples: int | None) -> Workload:
+_LARGE = 10**9
+"""Parameters from which a GPU measures less: an 8B model runs 60 times slower than the smallest one."""
+
+
+def workload(device: torch.device, context: int, samples: int | None, parameters: int = 0) -> Workload:
     """What a device can do in the time a default call may take: minutes on two cores, under one on a GPU.
 
     Args:
         device: of the model.
         context: tokens per context.
         samples: retrieval prompts; None for the device's default. Everything else scales with it.
+        parameters: of the model.
     """
     if device.type == "cpu":
         n = 5 if samples is None else samples
-        return Workload(n, max(1, n * 3 // 5), max(1, n * 4 // 5), max(1, n * 2 // 5), False, 0, 64, 8, 4, 1)
-    n = 40 if samples is None else samples
+        return Workload(
+            needles=n, texts=max(1, n * 3 // 5), held_needles=max(1, n * 4 // 5), held_texts=max(1, n * 2 // 5),
+            rows=64, text_sketches=8, needle_sketches=4, gate_steps=32, batch=1,
+            search_needles=0, search_texts=0, rounds=2, lengths=(2, 6, 16), singles=2, search_sketches=1,
+        )  # fmt: skip
+    large = parameters >= _LARGE
+    n = (24 if large else 40) if samples is None else samples
+    half = max(1, n * 3 // 5)
+    wide = (1, 2, 3, 4, 6, 8, 12, 16, 24)
     return Workload(
-        n, max(1, n * 3 // 5), n, max(1, n * 3 // 5), True, 8, 128, 16, 8, max(1, min(16, 32768 // context))
-    )
+        needles=n, texts=half, held_needles=n, held_texts=half, rows=64 if large else 128,
+        text_sketches=8 if large else 16, needle_sketches=4 if large else 8, gate_steps=32 if large else 120,
+        batch=max(1, min(24, 49_152 // context)),
+        search_needles=n if large else 3 * n, search_texts=half if large else 3 * half,
+        rounds=3 if large else 8, lengths=(1, 2, 4, 8, 16) if large else wide, singles=8 if large else 24,
+        search_sketches=2 if large else 4,
+    )  # fmt: skip
 
 
 @dataclass

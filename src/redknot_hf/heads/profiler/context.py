@@ -26,11 +26,19 @@ class _ContextLayer(DynamicLayer):
     """Keeps all tokens while recording; afterwards returns context + new tokens and keeps only the context."""
 
     recording = True
+    copies = 1
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.recording:
             return super().update(key_states, value_states, *args, **kwargs)
-        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+        return torch.cat([self._copied(self.keys), key_states], dim=-2), torch.cat(
+            [self._copied(self.values), value_states], dim=-2
+        )
+
+    def _copied(self, states: Tensor) -> Tensor:
+        if self.copies == 1:
+            return states
+        return states[None].expand(self.copies, *states.shape).flatten(0, 1)
 
 
 class ContextCache(Cache):
@@ -51,10 +59,23 @@ class ContextCache(Cache):
             if isinstance(layer, _ContextLayer):
                 layer.recording = False
 
-    def for_run(self) -> Cache:
-        """A cache for one suffix run: shares the context's tensors, copies other layers' states."""
+    @property
+    def repeatable(self) -> bool:
+        """Whether `for_run` can make several copies: only layers that keep tokens can."""
+        return all(isinstance(layer, _ContextLayer) for layer in self.layers)
+
+    def for_run(self, copies: int = 1) -> Cache:
+        """A cache for one suffix run: shares the context's tensors, copies other layers' states.
+
+        Args:
+            copies: the run's batch is the contexts' batch this many times, one whole batch after the other.
+        """
         run = copy.copy(self)
-        run.layers = [layer if isinstance(layer, _ContextLayer) else copy.deepcopy(layer) for layer in self.layers]
+        run.layers = [copy.copy(layer) if isinstance(layer, _ContextLayer) else copy.deepcopy(layer)
+                      for layer in self.layers]  # fmt: skip
+        for layer in run.layers:
+            if isinstance(layer, _ContextLayer):
+                layer.copies = copies
         return run
 
 

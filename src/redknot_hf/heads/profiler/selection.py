@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["QuadraticModel", "candidates", "choose_windows", "head_count", "rank_heads", "swaps"]
+__all__ = ["QuadraticModel", "candidates", "choose_windows", "head_count", "rank_heads"]
 
 
 def head_count(budget: float, heads: int) -> int:
@@ -227,32 +227,3 @@ def candidates(
             one[list(chosen)] = -1
             add(f"{name}, one window", one)
     return found
-
-
-def swaps(choice: Tensor, model: QuadraticModel, tried: set[tuple[int, int]]) -> tuple[Tensor, tuple[int, int]] | None:
-    """The most promising exchange of a global and a local head that was not tried: the local one's window changes
-    hands.
-
-    Args:
-        choice: `[heads]` window index, -1 for global.
-        model: predicted KL.
-        tried: pairs (global head, local head) to leave out.
-
-    Returns:
-        The new choice, of the same bytes, and the pair; None when nothing is left to try.
-    """
-    best, pair = -float("inf"), None
-    adds = model.gains(choice, torch.full_like(choice, -1))
-    local = [h for h in range(len(choice)) if choice[h] >= 0]
-    local.sort(key=lambda h: -float(adds[h]))
-    for l in local[:8]:
-        drops = model.gains(choice, torch.where(choice < 0, choice[l], choice))
-        for g in (h for h in range(len(choice)) if choice[h] < 0):
-            value = float(adds[l] + drops[g])
-            if value > best and (g, l) not in tried:
-                best, pair = value, (g, l)
-    if pair is None:
-        return None
-    new = choice.clone()
-    new[pair[0]], new[pair[1]] = choice[pair[1]], -1
-    return new, pair

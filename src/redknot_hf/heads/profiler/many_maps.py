@@ -1,0 +1,139 @@
+"""Many head maps on the same prompts, in one forward pass where eviction comes after the prefill.
+
+A search asks what dozens of maps cost that differ in a few heads. Their suffixes run as one batch over shared contexts:
+launches and weights are paid once, and heads of all maps that share a window are attended together, each reading only
+the keys it can see. With windows during prefill every map needs its own prefill: no sharing, and far more work per map.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .context import ContextCache, prefill
+from .intercept import AttentionCall, Handler, intercept
+from .objective import prompt_terms
+from .validation import Prompts
+from .visibility import KEEP_ALL, HeadMap, attend, visible_attention
+
+__all__ = ["map_costs", "maps_handler"]
+
+_ROWS = 24_576
+"""Suffix rows per forward pass: enough to fill a large GPU, and little memory."""
+
+
+def maps_handler(maps: Sequence[HeadMap]) -> Handler:
+    """A handler for a batch that holds the same prompts once per map, map-major."""
+
+    def handler(call: AttentionCall) -> Tensor:
+        count = len(maps)
+        rows = [(m.sink[call.layer], m.window[call.layer]) for m in maps]
+        if count == 1 or call.sink_logits is not None:
+            size = call.query.shape[0] // count
+            parts = []
+            for i, (sink, window) in enumerate(rows):
+                part = slice(i * size, (i + 1) * size)
+                one = AttentionCall(
+                    call.layer, call.query[part], call.key[part], call.value[part], call.scaling, call.model_window,
+                    call.softcap, call.sink_logits,
+                )  # fmt: skip
+                parts.append(visible_attention(one, sink, window))
+            return torch.cat(parts)
+        return _grouped(call, rows)
+
+    return handler
+
+
+def _grouped(call: AttentionCall, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
+    """Attention of every (map, head) pair, pairs of one window together."""
+    count, (total_batch, query_heads, length, dim) = len(rows), call.query.shape
+    batch, heads, groups = total_batch // count, call.key.shape[1], call.groups
+    total, offset, device = call.key.shape[2], call.offset, call.query.device
+    query = call.query.reshape(count, batch, heads, groups, length, dim)
+    key = call.key.reshape(count, batch, heads, total, dim)
+    value = call.value.reshape(count, batch, heads, total, -1)
+    out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=value.dtype, device=device)
+    pairs: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for m, (sinks, windows) in enumerate(rows):
+        for h, (sink, window) in enumerate(zip(sinks, windows, strict=True)):
+            pairs.setdefault((sink, window) if window < total else (0, KEEP_ALL), []).append((m, h))
+    positions = torch.arange(offset, total, device=device)[:, None]
+    for (sink, window), members in pairs.items():
+        span = min(window, call.model_window) if call.model_window else window
+        low = max(0, offset - span + 1)
+        if low <= sink:
+            low, sink_part = 0, 0
+        else:
+            sink_part = sink
+        keys = torch.cat([torch.arange(sink_part, device=device), torch.arange(low, total, device=device)])
+        visible = (keys <= positions) & ((keys < sink) | (keys > positions - span))
+        if call.model_window:
+            visible &= keys > positions - call.model_window
+        m, h = (torch.tensor(x, device=device) for x in zip(*members, strict=True))
+
+        def gather(cached: Tensor, m: Tensor = m, h: Tensor = h, low: int = low, first: int = sink_part) -> Tensor:
+            # [maps, batch, heads, keys, dim] -> [pairs * batch, 1, visible keys, dim]
+            recent = cached[:, :, :, low:][m, :, h]
+            if first:
+                recent = torch.cat([cached[:, :, :, :first][m, :, h], recent], dim=2)
+            return recent.flatten(0, 1)[:, None]
+
+        part = attend(call, query[m, :, h].flatten(0, 1), gather(key), gather(value), visible)
+        out[m, :, h] = part.reshape(len(members), batch, groups, length, -1)
+    return out.reshape(total_batch, query_heads, length, -1)
+
+
+def _target_logits(model: Any, cache: ContextCache, suffix: Tensor, keep: Tensor, copies: int, handler: Handler) -> Any:
+    """Logits `[copies * batch, kept rows, vocabulary]`."""
+    some = "logits_to_keep" in inspect.signature(model.forward).parameters
+    with intercept(model, handler):
+        logits = model(
+            input_ids=suffix.repeat(copies, 1),
+            past_key_values=cache.for_run(copies),
+            use_cache=True,
+            **({"logits_to_keep": keep} if some else {}),
+        ).logits
+    return logits if some else logits[:, keep]
+
+
+@torch.no_grad()
+def map_costs(
+    model: Any, prompts: Sequence[Prompts], maps: Sequence[HeadMap], mode: str = "full", rows: int = _ROWS
+) -> Tensor:
+    """What each map costs.
+
+    Args:
+        model: the decoder.
+        prompts: batches, each of one kind (text, or needles).
+        maps: head maps.
+        mode: "full" evicts after the prefill, "windowed" applies the windows while prefilling.
+        rows: suffix rows per forward pass.
+
+    Returns:
+        fp64 `[maps, 3]` on the CPU, in the order of `objective.TERMS`: means over prompts; 0 for a kind without any.
+    """
+    sums = torch.zeros(len(maps), 3, dtype=torch.float64)
+    counts = [0, 0]
+    for prompt in prompts:
+        batch = prompt.batch
+        text = batch.kinds[0] == "text"
+        counts[0 if text else 1] += len(batch)
+        keep = batch.target.any(0).nonzero()[:, 0]
+        chosen = batch.target[:, keep]
+        shared = mode == "full" and prompt.cache.repeatable
+        copies = max(1, rows // batch.suffix.numel()) if shared else 1
+        for start in range(0, len(maps), copies):
+            some = maps[start : start + copies]
+            cache = prompt.cache if mode == "full" else prefill(model, batch.context, maps_handler(some))
+            logits = _target_logits(model, cache, batch.suffix, keep, len(some), maps_handler(some))
+            for i, part in enumerate(logits.split(len(batch))):
+                log_probs = part[chosen].float().log_softmax(-1)
+                kl, miss = prompt_terms(log_probs, prompt.log_probs.float(), batch)
+                found = [kl.sum(), kl.new_zeros(())] if text else [kl.sum(), miss.sum()]
+                sums[start + i, 0 if text else 1] += float(found[0])
+                sums[start + i, 2] += float(found[1])
+    return sums / torch.tensor([max(counts[0], 1), max(counts[1], 1), max(counts[1], 1)])

@@ -1,0 +1,229 @@
+"""Search over head maps at a fixed number of global heads and a fixed number of window tokens.
+
+Each round expands the objective around the best map so far (`LocalModel`), walks downhill on the prediction by two kinds
+of moves that keep the bytes (a global and a local head change places; one head's window grows and others shrink to pay
+for it), and measures the maps along the walk together with the most promising single moves. What measured better and
+does not overlap is then combined and measured again. Only measured improvements are kept, so the result is never worse
+than the start on the prompts of the search; whether that carries over is what the validation is for.
+
+All functions but `search_on` know choices (`[heads]` option indices, the last one global) and callbacks; no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .intercept import DecoderLayout
+from .local_model import LocalModel, linearise, option_map
+from .many_maps import map_costs
+from .objective import Objective
+from .validation import Prompts
+
+__all__ = ["Search", "refine", "search_on", "single_moves", "walk"]
+
+
+def walk(local: LocalModel, choice: Tensor, windows: Sequence[int], limit: int, most: int) -> list[Tensor]:
+    """Maps along a greedy walk on the predicted objective, each better than the one before.
+
+    Args:
+        local: predictions around `choice`.
+        choice: int64 `[heads]`.
+        windows: sizes in tokens, increasing.
+        limit: window tokens in all that must not be exceeded.
+        most: steps.
+    """
+    path: list[Tensor] = []
+    here, value = choice, local.predict(choice)
+    for _ in range(most):
+        options = _swaps(local, here, 1) + _exchanges(local, here, windows, limit, 8)[:1]
+        if not options:
+            break
+        change, step = min(options, key=lambda option: option[0])
+        if change >= -1e-7 * max(1.0, abs(value)):
+            break
+        here, value = step, value + change
+        path.append(here)
+    return path
+
+
+def single_moves(local: LocalModel, choice: Tensor, windows: Sequence[int], limit: int, count: int) -> list[Tensor]:
+    """The `count` moves with the best predictions, half of them swaps; also ones that are predicted to hurt a little."""
+    swaps = _swaps(local, choice, count - count // 2)
+    exchanges = _exchanges(local, choice, windows, limit, count // 2)
+    return [step for _, step in sorted(swaps + exchanges, key=lambda option: option[0])]
+
+
+def _swaps(local: LocalModel, choice: Tensor, count: int) -> list[tuple[float, Tensor]]:
+    one, two, change = local.swap_gains(choice)
+    if not change.numel() or not count:
+        return []
+    found = []
+    for i in change.flatten().topk(min(count, change.numel()), largest=False).indices.tolist():
+        g, l = int(one[i // len(two)]), int(two[i % len(two)])
+        new = choice.clone()
+        new[g], new[l] = choice[l], choice[g]
+        found.append((float(change.flatten()[i]), new))
+    return found
+
+
+def _exchanges(
+    local: LocalModel, choice: Tensor, windows: Sequence[int], limit: int, count: int
+) -> list[tuple[float, Tensor]]:
+    """Growths of one head's window, others paying where the prediction loses least per token."""
+    last = len(windows)
+    size = torch.tensor([*windows, 0], dtype=torch.float64)
+    price = local.field(choice)
+    gain = price - price.gather(1, choice[:, None])
+    options = torch.arange(last + 1)[None]
+    gain[(choice[:, None] >= last) | (options >= last) | (options <= choice[:, None])] = torch.inf
+    heads = torch.arange(len(choice))
+    found = []
+    for i in gain.flatten().topk(min(count, gain.numel()), largest=False).indices.tolist():
+        head, target = divmod(i, last + 1)
+        if not torch.isfinite(gain[head, target]):
+            break
+        new = choice.clone()
+        new[head] = target
+        while float(size[new].sum()) > limit:
+            now = local.field(new)
+            smaller = (new - 1).clamp_min(0)
+            freed = size[new] - size[smaller]
+            loss = (now[heads, smaller] - now[heads, new]) / freed.clamp_min(1)
+            loss[(new == 0) | (new >= last) | (heads == head)] = torch.inf
+            if not bool(torch.isfinite(loss).any()):
+                break
+            new[int(loss.argmin())] -= 1
+        else:
+            found.append((local.predict(new) - local.predict(choice), new))
+    return sorted(found, key=lambda option: option[0])
+
+
+def _combined(choice: Tensor, steps: Sequence[Tensor]) -> list[Tensor]:
+    """Choices with the first 2, 3, ... of the steps that touch different heads."""
+    here, found, touched = choice, [], torch.zeros(len(choice), dtype=torch.bool)
+    for step in steps:
+        changed = step != choice
+        if bool((changed & touched).any()):
+            continue
+        here = torch.where(changed, step, here)
+        if bool(touched.any()):
+            found.append(here)
+        touched |= changed
+    return found
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search may ask and how long it may take.
+
+    Attributes:
+        windows: sizes in tokens, increasing; the options of a head, before the last one, global.
+        expand: predictions around a choice; the second argument is the round.
+        cost: measures choices with eviction after the prefill.
+        deployed: measures choices in the mode of the deployment; None if that is what `cost` does.
+        rounds: at most.
+        lengths: of the walk that are measured: the prediction is good near the start and cheap to overrun.
+        singles: moves to measure per round beside the walk.
+        step: called after every round.
+    """
+
+    windows: Sequence[int]
+    expand: Callable[[Tensor, int], LocalModel]
+    cost: Callable[[Sequence[Tensor]], Sequence[float]]
+    deployed: Callable[[Sequence[Tensor]], Sequence[float]] | None = None
+    rounds: int = 8
+    lengths: Sequence[int] = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+    singles: int = 24
+    step: Callable[[], Any] = lambda: None
+
+
+def search_on(
+    model: Any,
+    layout: DecoderLayout,
+    prompts: Sequence[Prompts],
+    *,
+    windows: Sequence[int],
+    sink: int,
+    objective: Objective,
+    sketches: int,
+    seed: int,
+    mode: str,
+    rounds: int,
+    lengths: Sequence[int],
+    singles: int,
+    step: Callable[[], Any] = lambda: None,
+) -> Search:
+    """A search that runs a model.
+
+    Args:
+        model: the decoder, inside `collect.frozen`.
+        layout: of the model; its heads are the entries of a choice, layer by layer.
+        prompts: batches, each of one kind, with full-attention contexts.
+        windows, sink: tokens.
+        objective: what is minimised.
+        sketches: random backward passes per batch and round.
+        seed: of the sketches.
+        mode: "full" or "windowed", of the deployment.
+        rounds, lengths, singles, step: as in `Search`.
+    """
+    shape = (layout.num_layers, layout.num_kv_heads)
+    cells = [(l, h) for l in layout.layers for h in range(layout.num_kv_heads)]
+
+    def expand(choice: Tensor, number: int) -> LocalModel:
+        return linearise(
+            model, prompts, choice, shape, cells, objective=objective, windows=windows, sink=sink, sketches=sketches,
+            seed=seed * 1009 + number,
+        )  # fmt: skip
+
+    def cost(choices: Sequence[Tensor], used: str = "full") -> list[float]:
+        maps = [option_map(choice, shape, cells, windows, sink) for choice in choices]
+        return objective.total(map_costs(model, prompts, maps, used)).tolist()
+
+    deployed = None if mode == "full" else lambda choices: cost(choices, mode)
+    return Search(windows, expand, cost, deployed, rounds, lengths, singles, step)
+
+
+def refine(choice: Tensor, limit: int, search: Search) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Improve a map until no measured move helps or the rounds are spent.
+
+    Args:
+        choice: int64 `[heads]` option indices; `len(search.windows)` is global.
+        limit: window tokens in all; kept.
+        search: callbacks and limits.
+
+    Returns:
+        the best choice, and per round what was measured: `{"round", "measured", "cost"}`.
+    """
+    windows, cost, singles = search.windows, search.cost, search.singles
+    best, lowest = choice, float(cost([choice])[0])
+    history: list[dict[str, Any]] = [{"round": 0, "measured": 1, "cost": lowest}]
+    for number in range(1, search.rounds + 1):
+        local = search.expand(best, number)
+        path = walk(local, best, windows, limit, search.lengths[-1])
+        trials = [path[n - 1] for n in search.lengths if n <= len(path)]
+        alone = single_moves(local, best, windows, limit, singles) if singles else []
+        trials += [trial for trial in alone if not any(torch.equal(trial, other) for other in trials)]
+        costs = list(cost(trials)) if trials else []
+        start = lowest
+        measured = len(trials)
+        ranked = sorted(range(len(trials)), key=lambda i: costs[i])
+        helpful = [trials[i] for i in ranked if costs[i] < start and any(trials[i] is trial for trial in alone)]
+        together = _combined(best, helpful)
+        if together:
+            more = list(cost(together))
+            measured += len(together)
+            trials, costs = trials + together, costs + more
+        if trials:
+            i = min(range(len(trials)), key=lambda i: costs[i])
+            if costs[i] < start:
+                best, lowest = trials[i], float(costs[i])
+        history.append({"round": number, "measured": measured, "cost": lowest})
+        search.step()
+        if lowest >= start:
+            break
+    return best, history
