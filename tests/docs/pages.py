@@ -73,7 +73,9 @@ def run(page: Path, model_path: Path) -> dict[str, Any]:
             continue
         code = compiled(block)
         if block.runs:
-            text = block.code.replace(HUB_ID, model_path.as_posix()).replace(STORE, (Path.cwd() / "segments").as_posix())
+            text = block.code.replace(HUB_ID, model_path.as_posix()).replace(
+                STORE, (Path.cwd() / "segments").as_posix()
+            )
             exec(code if text == block.code else compiled(Block(block.page, block.line, "python", text, True)), names)
     return names
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 import warnings
 
 import numpy as np
@@ -300,3 +301,12 @@ def test_config_hash_ignores_what_does_not_change_the_architecture():
     assert config_hash(config()) == config_hash(config(dtype="bfloat16", attention_dropout=0.1))
     assert config_hash(config()) != config_hash(config(hidden_size=128))
     assert set(describe_config(config())) == {"model_type", "config_hash", "head_dim"}
+
+
+@pytest.mark.parametrize("sizes", [{"num_hidden_layers": 10**9}, {"num_key_value_heads": 10**9}])
+def test_a_config_with_absurd_sizes_is_refused_before_a_row_is_made(sizes):
+    """A config comes from whoever made the model; a number in it must not become memory."""
+    before = time.monotonic()
+    with pytest.raises(RedKnotError, match="expected at most 1,000,000 in all"):
+        HeadProfile.all_global(config(**sizes))
+    assert time.monotonic() - before < 5

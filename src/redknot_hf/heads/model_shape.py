@@ -14,7 +14,15 @@ from typing import Any
 
 from ..errors import RedKnotError, shorten
 
-__all__ = ["HEAD_ORDER", "ModelShape", "config_hash", "describe_config", "model_shape", "provenance_difference"]
+__all__ = [
+    "HEAD_ORDER",
+    "MAX_CELLS",
+    "ModelShape",
+    "config_hash",
+    "describe_config",
+    "model_shape",
+    "provenance_difference",
+]
 
 # layer_types of transformers whose layers hold keys and values per token. Anything else (linear_attention, mamba, conv,
 # recurrent...) keeps a state of its own that a head profile does not touch.
@@ -22,6 +30,9 @@ _ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attent
 
 HEAD_ORDER = "redknot_head_order"
 """Where a config keeps the order of a relabelled model's heads: see `order`."""
+
+MAX_CELLS = 1_000_000
+"""Most (layer, KV head) cells of a model or profile; the largest known have below 20,000."""
 
 _HASHED_FIELDS = (
     "model_type",
@@ -93,6 +104,10 @@ def model_shape(config: Any) -> ModelShape:
         shared = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)
         kv_heads = 1 if shared else heads
     kv_heads = _positive(kv_heads, f"{who}: num_key_value_heads")
+    if num_layers * kv_heads > MAX_CELLS:  # before anybody makes a row per layer of it
+        raise RedKnotError(
+            f"{who} claims {num_layers} layers x {kv_heads} KV heads; expected at most {MAX_CELLS:,} in all"
+        )
 
     head_dim = _read(text, "head_dim")
     if not isinstance(head_dim, int) or head_dim <= 0:

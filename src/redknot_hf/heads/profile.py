@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ProfileError, shorten
-from .model_shape import describe_config, model_shape, provenance_difference
+from .model_shape import MAX_CELLS, describe_config, model_shape, provenance_difference
 from .selection import MAX_TOKENS, choose_global, integer, select_by_score
 
 __all__ = ["HEAD_CLASSES", "MAX_TOKENS", "HeadProfile"]
@@ -26,7 +26,6 @@ __all__ = ["HEAD_CLASSES", "MAX_TOKENS", "HeadProfile"]
 HEAD_CLASSES = ("global", "local", "retrieval", "dense")
 """Class names in the order of the documentation. Only `"local"` evicts."""
 
-_MAX_CELLS = 1_000_000
 _ITEMSIZE = {
     "float64": 8, "float32": 4, "float": 4, "fp32": 4, "float16": 2, "half": 2, "fp16": 2, "bfloat16": 2, "bf16": 2,
     "float8_e4m3fn": 1, "float8_e5m2": 1, "fp8": 1, "int8": 1, "uint8": 1,
@@ -306,8 +305,8 @@ class HeadProfile:
         Raises:
             ProfileError: naming the first bad cell, its value and what was expected.
         """
-        self.num_layers = integer(self.num_layers, "num_layers", 1, _MAX_CELLS)
-        self.num_kv_heads = integer(self.num_kv_heads, "num_kv_heads", 1, _MAX_CELLS)
+        self.num_layers = integer(self.num_layers, "num_layers", 1, MAX_CELLS)
+        self.num_kv_heads = integer(self.num_kv_heads, "num_kv_heads", 1, MAX_CELLS)
         classes = self._rows(self.head_class, "head_class")
         for l, row in enumerate(classes):
             for h, name in enumerate(row):
