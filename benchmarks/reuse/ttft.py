@@ -8,6 +8,8 @@ over these rows and the query, handing over, and the forward that gives the firs
 prefill with the same profile, and transformers' DynamicCache with sdpa. Runs are interleaved; medians and all times
 are written.
 
+Every line says what each part of a build took. Where a bar is set for a store (--bars), it says whether it is met.
+
 Stores: "memory" (tensors on the compute device), "host" (page-locked host memory), "file" (a local folder; --cold drops
 the files from the page cache before each run), each filled beforehand: what is measured is a hit.
 """
@@ -15,11 +17,14 @@ the files from the page cache before each run), each filled beforehand: what is 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import gzip
+import io
 import itertools
 import json
 import os
 import platform
+import pstats
 import statistics
 import sys
 import tempfile
@@ -62,6 +67,9 @@ SHAPES = {
 }
 
 
+BARS = {"cuda": ["memory=4", "file=3"], "cpu": ["memory=3.5"]}
+
+
 def load(args: argparse.Namespace) -> Any:
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
     if args.model:
@@ -91,6 +99,15 @@ def timed(action: Callable[[], Any], device: str) -> tuple[float, Any]:
     return time.perf_counter() - begin, result
 
 
+def profile_python(action: Callable[[], Any], path: Path) -> None:
+    """Where the host's time goes."""
+    profile = cProfile.Profile()
+    profile.runcall(action)
+    text = io.StringIO()
+    pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(45)
+    path.write_text(text.getvalue())
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,7 +133,16 @@ def main() -> None:
     )
     parser.add_argument("--text", type=Path, help="documents from this .txt or .gz (with --model); default: random ids")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--bars",
+        nargs="*",
+        metavar="STORE=X",
+        help="speed-ups to reach; default on a GPU memory=4 file=3, on a CPU memory=3.5",
+    )
+    parser.add_argument("--trace", action="store_true", help="torch.profiler's table of one run of each, into OUT")
     args = parser.parse_args()
+    given = args.bars if args.bars is not None else BARS[args.device.partition(":")[0]]
+    bars = {store: float(bar) for store, bar in (text.split("=") for text in given)}
     if args.text and not args.model:
         parser.error("--text needs the tokenizer of --model")
 
@@ -194,6 +220,19 @@ def main() -> None:
                 times[name].append(seconds)
             print(f"{repeat} {name}: {seconds:.3f} s", file=sys.stderr)
 
+    if args.trace:
+        args.out.mkdir(parents=True, exist_ok=True)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if device.startswith("cuda"):
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        for name, action in actions.items():
+            with torch.profiler.profile(activities=activities) as trace:
+                timed(action, device)
+            order = "self_cuda_time_total" if device.startswith("cuda") else "self_cpu_time_total"
+            table = trace.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=60)
+            (args.out / f"trace_{name.replace(' ', '_')}.txt").write_text(table)
+            profile_python(action, args.out / f"python_{name.replace(' ', '_')}.txt")
+
     median = {name: statistics.median(values) for name, values in times.items()}
     best = min(median["prefill sdpa"], median["prefill redknot"])
     lines = []
@@ -204,6 +243,9 @@ def main() -> None:
             "times_s": [round(t, 5) for t in times[name]],
         }
         line["speedup_over_faster_prefill"] = round(best / seconds, 3)
+        bar = bars.get(name.partition(" ")[0])
+        if bar is not None:
+            line["bar"], line["met"] = bar, best / seconds >= bar
         if name in accounts:
             account = accounts[name]
             line["parts_s"] = {part: round(value, 5) for part, value in account.seconds.items()}
@@ -238,7 +280,10 @@ def main() -> None:
     where.write_text(json.dumps(report, indent=1) + "\n")
     for line in lines:
         parts = " ".join(f"{k}={v:.3f}" for k, v in line.get("parts_s", {}).items())
-        print(f"{line['name']:<24}{line['median_s']:>9.3f} s {line['speedup_over_faster_prefill']:>7.2f}x  {parts}")
+        bar = f" (bar {line['bar']:g}x: {'met' if line['met'] else 'missed'})" if "bar" in line else ""
+        print(
+            f"{line['name']:<24}{line['median_s']:>9.3f} s {line['speedup_over_faster_prefill']:>7.2f}x{bar}  {parts}"
+        )
     print(where)
 
 
