@@ -229,3 +229,12 @@ def test_missing_matplotlib_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(RedKnotError, match=r"needs matplotlib.*pip install 'redknot-hf\[plots\]'"):
         hybrid().plot(tmp_path / "m.png")
+
+
+def test_a_picture_of_absurdly_many_layers_stays_small(tmp_path):
+    """The file of such a profile is below the limit for profiles; its picture must not take gigabytes."""
+    profile = HeadProfile(100_000, 1, [["global"]] * 100_000)
+    path = profile.plot(tmp_path / "wide.png")
+    with path.open("rb") as file:
+        width = int.from_bytes(file.read(24)[16:20], "big")  # of a PNG's first chunk
+    assert width < 8000

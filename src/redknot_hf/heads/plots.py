@@ -136,7 +136,11 @@ def _figure(profile: HeadProfile, seq_len: int) -> Any:
             base = to_rgb(_COLORS[profile.head_class[layer][head]])
             image[head][layer] = tuple(1 - strength * (1 - channel) for channel in base)  # type: ignore[assignment]
 
-    inches = (max(5.0, 0.18 * profile.num_layers + 1.5), max(1.8, 0.22 * profile.num_kv_heads + 1.4))
+    # Bounded, whatever a stranger's profile claims: a picture of 100,000 layers would take gigabytes.
+    inches = (
+        min(40.0, max(5.0, 0.18 * profile.num_layers + 1.5)),
+        min(40.0, max(1.8, 0.22 * profile.num_kv_heads + 1.4)),
+    )
     figure = Figure(figsize=inches)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -144,9 +148,10 @@ def _figure(profile: HeadProfile, seq_len: int) -> Any:
     axes.set_xlabel("layer")
     axes.set_ylabel("KV head")
     axes.set_yticks(range(0, profile.num_kv_heads, max(1, profile.num_kv_heads // 8)))
-    axes.set_xticks([l - 0.5 for l in range(1, profile.num_layers)], minor=True)
-    axes.set_yticks([h - 0.5 for h in range(1, profile.num_kv_heads)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=0.6)
+    if max(profile.num_layers, profile.num_kv_heads) <= 256:  # closer lines would be all there is to see
+        axes.set_xticks([l - 0.5 for l in range(1, profile.num_layers)], minor=True)
+        axes.set_yticks([h - 0.5 for h in range(1, profile.num_kv_heads)], minor=True)
+        axes.grid(which="minor", color="white", linewidth=0.6)
     axes.tick_params(which="minor", length=0)
     present = [name for name in _COLORS if profile.count(name)]
     labels = [f"{name}: {profile.count(name)}" for name in present]
