@@ -78,3 +78,15 @@ def make(model, profile, rows=1, tokens=40, mask=None, seed=0, **options) -> Red
     cache = RedKnotCache(model.config, profile, page_size=options.pop("page_size", 8), **options)
     feed(model, cache, prompt(rows, tokens, seed), mask)
     return cache
+
+
+@torch.no_grad()
+def steps_on(model, cache, count=12):
+    """`steps` for a model on any device."""
+    ids = torch.full((rows_of(cache), 1), 5, device=model.device)
+    found = []
+    for _ in range(count):
+        logits = model(ids, past_key_values=cache, use_cache=True).logits
+        found.append(logits)
+        ids = logits[:, -1:].argmax(-1)
+    return torch.cat(found, 1)
