@@ -211,6 +211,55 @@ def main() -> None:
             actions[f"{kind} {selector}"] = reuse
 
     times: dict[str, list[float]] = {name: [] for name in actions}
+
+    def report() -> tuple[list[dict[str, Any]], Path]:
+        median = {name: statistics.median(values) for name, values in times.items()}
+        best = min(median["prefill sdpa"], median["prefill redknot"])
+        lines = []
+        for name, seconds in median.items():
+            line: dict[str, Any] = {
+                "name": name,
+                "median_s": round(seconds, 5),
+                "times_s": [round(t, 5) for t in times[name]],
+            }
+            line["speedup_over_faster_prefill"] = round(best / seconds, 3)
+            bar = bars.get(name.partition(" ")[0])
+            if bar is not None:
+                line["bar"], line["met"] = bar, best / seconds >= bar
+            if name in accounts:
+                account = accounts[name]
+                line["parts_s"] = {part: round(value, 5) for part, value in account.seconds.items()}
+                line.update(
+                    recomputed=account.recomputed, early_layers=account.early_layers, bytes_moved=account.bytes_moved
+                )
+                line["hits"] = all(segment.hit for segment in account.segments)
+            lines.append(line)
+        facts = {
+            "date": str(date.today()),
+            "command": " ".join(sys.argv),
+            "model": args.model or args.shape,
+            "device": torch.cuda.get_device_name(0) if device.startswith("cuda") else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "dtype": str(model.dtype),
+            "prompt_tokens": ids.shape[1],
+            "segments": len(documents),
+            "ratio": args.ratio,
+            "text": str(args.text) if args.text else "random ids",
+            "cold_files": args.cold,
+            "verify": args.verify,
+            "versions": {
+                "redknot_hf": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            "table": lines,
+        }
+        args.out.mkdir(parents=True, exist_ok=True)
+        where = args.out / f"ttft_{Path(args.model or args.shape).name}_{device.partition(':')[0]}_{ids.shape[1]}.json"
+        where.write_text(json.dumps(facts, indent=1) + "\n")
+        return lines, where
+
     for repeat in range(args.repeats + 1):
         for name, action in actions.items():
             if args.cold and name.startswith("file"):
@@ -219,7 +268,16 @@ def main() -> None:
             if repeat:  # the first warms up
                 times[name].append(seconds)
             print(f"{repeat} {name}: {seconds:.3f} s", file=sys.stderr)
+        if repeat:
+            lines, where = report()
 
+    for line in lines:
+        parts = " ".join(f"{k}={v:.3f}" for k, v in line.get("parts_s", {}).items())
+        bar = f" (bar {line['bar']:g}x: {'met' if line['met'] else 'missed'})" if "bar" in line else ""
+        print(
+            f"{line['name']:<24}{line['median_s']:>9.3f} s {line['speedup_over_faster_prefill']:>7.2f}x{bar}  {parts}"
+        )
+    print(where, flush=True)
     if args.trace:
         args.out.mkdir(parents=True, exist_ok=True)
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -228,63 +286,10 @@ def main() -> None:
         for name, action in actions.items():
             with torch.profiler.profile(activities=activities) as trace:
                 timed(action, device)
-            order = "self_cuda_time_total" if device.startswith("cuda") else "self_cpu_time_total"
+            order = "self_device_time_total" if device.startswith("cuda") else "self_cpu_time_total"
             table = trace.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=60)
             (args.out / f"trace_{name.replace(' ', '_')}.txt").write_text(table)
             profile_python(action, args.out / f"python_{name.replace(' ', '_')}.txt")
-
-    median = {name: statistics.median(values) for name, values in times.items()}
-    best = min(median["prefill sdpa"], median["prefill redknot"])
-    lines = []
-    for name, seconds in median.items():
-        line: dict[str, Any] = {
-            "name": name,
-            "median_s": round(seconds, 5),
-            "times_s": [round(t, 5) for t in times[name]],
-        }
-        line["speedup_over_faster_prefill"] = round(best / seconds, 3)
-        bar = bars.get(name.partition(" ")[0])
-        if bar is not None:
-            line["bar"], line["met"] = bar, best / seconds >= bar
-        if name in accounts:
-            account = accounts[name]
-            line["parts_s"] = {part: round(value, 5) for part, value in account.seconds.items()}
-            line.update(
-                recomputed=account.recomputed, early_layers=account.early_layers, bytes_moved=account.bytes_moved
-            )
-            line["hits"] = all(segment.hit for segment in account.segments)
-        lines.append(line)
-    report = {
-        "date": str(date.today()),
-        "command": " ".join(sys.argv),
-        "model": args.model or args.shape,
-        "device": torch.cuda.get_device_name(0) if device.startswith("cuda") else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype),
-        "prompt_tokens": ids.shape[1],
-        "segments": len(documents),
-        "ratio": args.ratio,
-        "text": str(args.text) if args.text else "random ids",
-        "cold_files": args.cold,
-        "verify": args.verify,
-        "versions": {
-            "redknot_hf": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "table": lines,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    where = args.out / f"ttft_{Path(args.model or args.shape).name}_{device.partition(':')[0]}_{ids.shape[1]}.json"
-    where.write_text(json.dumps(report, indent=1) + "\n")
-    for line in lines:
-        parts = " ".join(f"{k}={v:.3f}" for k, v in line.get("parts_s", {}).items())
-        bar = f" (bar {line['bar']:g}x: {'met' if line['met'] else 'missed'})" if "bar" in line else ""
-        print(
-            f"{line['name']:<24}{line['median_s']:>9.3f} s {line['speedup_over_faster_prefill']:>7.2f}x{bar}  {parts}"
-        )
-    print(where)
 
 
 if __name__ == "__main__":
