@@ -105,8 +105,7 @@ def main() -> int:
         lines += [
             "## Bars",
             "",
-            "What the project set out to reach on one H200, met or not. Decode kernels are judged against the bandwidth of a "
-            "pure read, the highest there is.",
+            "What the project set out to reach on one H200, met or not.",
             "",
             summary.read_text().rstrip(),
             "",

@@ -1,17 +1,20 @@
 """Decode, prefill and append against other means, against the device's floor, and against the bars of this project.
 
-    python bench.py --out DIR [--quick] [--only decode,prefill,append]
+    python bench.py --out DIR [--quick] [--only decode,prefill,append] [--resume] [--max-seconds 360]
 
-Writes results.json, results.csv, bars.json (name, measured, target, unit, met) and a plot where there is matplotlib.
+Rows go to DIR/rows.jsonl as they come; at the end DIR has results.json, results.csv, bars.json (name, measured, target,
+unit, met) and a plot where there is matplotlib. `--only` also gives the order. Rows of kinds that a run does not measure
+are kept, so parts can be run one at a time, and `--resume` goes on with what a run that was cut off left.
+
 Every timed kernel is checked against float32 in the same run; a wrong result ends the run with an error. Times are what
-`harness` says: microseconds per layer, CUDA graph, cold KV. A peer that fails is reported with its reason and left out.
-`--tiny` tries the script itself out on small shapes, on the CPU in triton's interpreter or by the torch path.
+`harness` says: microseconds per layer, CUDA graph, cold KV; prefill's methods take turns. A peer that fails is reported
+with its reason and left out. `--tiny` tries the script itself out on small shapes, on the CPU in triton's interpreter or
+by the torch path.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import json
 import platform
@@ -35,46 +38,18 @@ from harness import (
     layers_needed,
     make_layer,
     measure,
+    measure_together,
 )
+from report import MAIN, Report, bars
 
 # name: (global heads per layer, cycled; sink, window of the others)
 PROFILES = {
-    "1/8 global, 64+256": ((1,), 64, 256),
+    MAIN: ((1,), 64, 256),
     "1/8 global, 64+4096": ((1,), 64, 4096),
     "all global": ((8,), 0, 256),
     "uneven layers, 64+256": ((0, 0, 1, 3), 64, 256),
 }
-MAIN = "1/8 global, 64+256"
-
-
-class Report:
-    """Rows of measurements; printed as they come."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict] = []
-
-    def add(self, kind: str, case: str, method: str, us: float | None, **more: object) -> None:
-        self.rows.append({"kind": kind, "case": case, "method": method, "us": us, **more})
-        extra = " ".join(
-            f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in more.items()
-        )
-        print(f"{kind:8} {case:44} {method:28} {'-' if us is None else f'{us:12.2f}'} {extra}", flush=True)
-
-    def peer(self, kind: str, case: str, method: str, make: Callable[[], peers.Calls], **more: object) -> None:
-        try:
-            self.add(kind, case, method, measure(make(), 7), **more)
-        except Exception as error:  # another project's kernel: any failure means "not available here"
-            self.add(
-                kind,
-                case,
-                method,
-                None,
-                error=f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}",
-            )
-        free()
-
-    def us(self, kind: str, case: str, method: str) -> float | None:
-        return next((r["us"] for r in self.rows if (r["kind"], r["case"], r["method"]) == (kind, case, method)), None)
+NO_ROOM = "does not fit this device's memory"
 
 
 def free() -> None:
@@ -87,271 +62,254 @@ def memory_left() -> int:
     return torch.cuda.mem_get_info()[0] if CUDA else 1 << 32
 
 
-def bench_decode(report: Report, shape: Shape, quick: bool, tiny: bool, read: float) -> None:
-    scale = shape.head_dim**-0.5
-    sizes = [(b, n << 10) for b in (1, 8, 32) for n in (8, 32, 128)]
-    if quick:
-        sizes = [(1, 8 << 10), (1, 32 << 10), (1, 128 << 10), (8, 32 << 10), (32, 32 << 10)]
-    if tiny:
-        sizes = [(2, 200)]
-    for batch, context in sizes:
-        at = f"B{batch} {context >> 10}K"
-        for name, (global_heads, sink, window) in PROFILES.items():
-            kept = min(context, sink + window)
-            most = max(global_heads) * context + (shape.kv_heads - max(global_heads)) * kept
-            layer_bytes = batch * most * shape.head_dim * 2 * shape.dtype.itemsize
-            count = max(layers_needed(layer_bytes), len(global_heads))
-            if (count + 1) * layer_bytes > 0.8 * memory_left():
-                report.add("decode", f"{at} {name}", "segpaged", None, error="does not fit this device's memory")
-                continue
-            count = -(-count // len(global_heads)) * len(global_heads)
-            layers = [
-                make_layer(shape, batch, context, global_heads[i % len(global_heads)], sink, window, i)
-                for i in range(count)
-            ]
-            error = max(
-                check_decode(layer, sp.decode(*layer.decode_args, scale, exact_positions=False), scale)
-                for layer in layers[: len(global_heads)]
-            )
-            calls = [lambda x=layer: sp.decode(*x.decode_args, scale, exact_positions=False) for layer in layers]
-            us = measure(calls)
-            size = sum(layer.kv_bytes for layer in layers) / count
-            report.add(
-                "decode", f"{at} {name}", "segpaged", us, bytes=size, gb_s=size / us / 1e3, floor_us=size / read / 1e3,
-                relative_error=error, items=batch * shape.kv_heads,
-            )  # fmt: skip
-            if name == MAIN and not tiny:
-                report.peer(
-                    "decode", f"{at} {name}", "flashinfer per head", partial(peers.flashinfer_decode, layers, scale)
-                )
-            del layers, calls
-            free()
+def reason(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
+
+
+class Bench:
+    """The measurements, one method per kind."""
+
+    def __init__(self, report: Report, shape: Shape, quick: bool, tiny: bool, deadline: float) -> None:
+        self.report, self.shape, self.quick, self.tiny, self.deadline = report, shape, quick, tiny, deadline
+        self.scale = shape.head_dim**-0.5
+
+    def late(self, what: str) -> bool:
+        """Whether the time is up: what is left out is said, and `--resume` takes it up."""
+        if time.time() < self.deadline:
+            return False
+        print(f"time is up: {what} is left for --resume", flush=True)
+        return True
+
+    def peer(self, kind: str, case: str, method: str, make: Callable[[], peers.Calls]) -> None:
+        if self.report.has(kind, case, method):
+            return
+        try:
+            self.report.add(kind, case, method, measure(make(), 7))
+        except Exception as error:  # another project's kernel: any failure means "not available here"
+            self.report.add(kind, case, method, None, error=reason(error))
+        free()
+
+    # ----------------------------------------------------------------------------------------------------- decode
+
+    def decode(self, limits: dict[str, float]) -> None:
+        sizes = [(1, 8), (1, 32), (1, 128), (8, 32), (32, 32)]
+        if not self.quick:
+            sizes += [(8, 8), (8, 128), (32, 8), (32, 128)]
+        for batch, context in [(2, 200)] if self.tiny else [(b, n << 10) for b, n in sizes]:
+            if self.late(f"decode from B{batch} {context >> 10}K on"):
+                return
+            for name in PROFILES:
+                self.decode_profile(batch, context, name, limits)
+            self.decode_dense(batch, context)
+
+    def decode_profile(self, batch: int, context: int, name: str, limits: dict[str, float]) -> None:
+        case, shape = f"B{batch} {context >> 10}K {name}", self.shape
+        if self.report.has("decode", case, "segpaged"):
+            return
+        global_heads, sink, window = PROFILES[name]
+        kept = min(context, sink + window)
+        most = max(global_heads) * context + (shape.kv_heads - max(global_heads)) * kept
+        layer_bytes = batch * most * shape.head_dim * 2 * shape.dtype.itemsize
+        count = max(layers_needed(layer_bytes), len(global_heads))
+        if (count + 1) * layer_bytes > 0.8 * memory_left():
+            return self.report.add("decode", case, "segpaged", None, error=NO_ROOM)
+        count = -(-count // len(global_heads)) * len(global_heads)
+        cycle = [global_heads[i % len(global_heads)] for i in range(count)]
+        layers = [make_layer(shape, batch, context, heads, sink, window, i) for i, heads in enumerate(cycle)]
+        calls = [partial(sp.decode, *x.decode_args, self.scale, exact_positions=False) for x in layers]
+        outs = [call() for call in calls]  # one right after another, as in the graph
+        checked = list(zip(layers, outs, strict=True))[: max(2, len(global_heads))]
+        error = max(check_decode(layer, out, self.scale) for layer, out in checked)
+        del outs, checked
+        us = measure(calls)
+        size = sum(layer.kv_bytes for layer in layers) / count
+        rate = size / us / 1e3
+        self.report.add(
+            "decode", case, "segpaged", us, bytes=size, gb_s=rate, of_copy=rate / limits["copy"],
+            of_read=rate / limits["read"], floor_us=size / limits["read"] / 1e3, relative_error=error,
+            items=batch * shape.kv_heads,
+        )  # fmt: skip
+        if name == MAIN and not self.tiny:
+            self.peer("decode", case, "flashinfer per head", partial(peers.flashinfer_decode, layers, self.scale))
+        del layers, calls
+        free()
+
+    def decode_dense(self, batch: int, context: int) -> None:
+        """What other means do with the full context: no head evicts."""
+        case, shape = f"B{batch} {context >> 10}K {MAIN}", self.shape
+        backends = ("cudnn", "flash") if CUDA else ("default",)
+        masked = "SDPA, mask per head"
+        names = [f"SDPA {backend}, full context" for backend in backends]
+        if all(self.report.has("decode", case, method) for method in [*names, masked]):
+            return
         dense_bytes = batch * shape.kv_heads * context * shape.head_dim * 2 * shape.dtype.itemsize
         count = layers_needed(dense_bytes)
         if (count + 1) * dense_bytes > 0.8 * memory_left():
-            report.add(
-                "decode", f"{at} {MAIN}", "SDPA cudnn, full context", None, error="does not fit this device's memory"
-            )
-            continue
+            return self.report.add("decode", case, names[0], None, error=NO_ROOM)
         kv = [peers.dense_kv(shape, batch, context, i) for i in range(count)]
-        q = [
-            torch.randn(batch, shape.kv_heads * shape.group, 1, shape.head_dim, device=DEVICE).to(shape.dtype)
-            for _ in kv
-        ]
-        heads = heads_of(1, 64, 256, shape)
-        for method in ("cudnn", "flash") if CUDA else ("default",):
-            report.peer(
-                "decode", f"{at} {MAIN}", f"SDPA {method}, full context", partial(peers.sdpa, method, q, kv, False)
-            )
-        report.peer(
-            "decode", f"{at} {MAIN}", "SDPA, mask per head", partial(peers.sdpa_masked, q, kv, context - 1, *heads)
-        )
+        size = (batch, shape.kv_heads * shape.group, 1, shape.head_dim)
+        q = [torch.randn(size, device=DEVICE).to(shape.dtype) for _ in kv]
+        for backend, name in zip(backends, names, strict=True):
+            self.peer("decode", case, name, partial(peers.sdpa, backend, q, kv, False))
+        self.peer("decode", case, masked, partial(peers.sdpa_masked, q, kv, context - 1, *heads_of(1, 64, 256, shape)))
         del kv, q
         free()
 
+    # ---------------------------------------------------------------------------------------------------- prefill
 
-def bench_prefill(report: Report, shape: Shape, quick: bool, tiny: bool) -> None:
-    """B = 1: whole prompts, then 512 new tokens over 31.5K."""
-    cases = [(0, 8 << 10), (0, 32 << 10), (0, 128 << 10), (32256, 512), (28 << 10, 4096)]
-    if quick:
-        cases = [(0, 8 << 10), (0, 32 << 10), (0, 128 << 10), (32256, 512)]
-    if tiny:
-        cases = [(0, 90), (100, 40)]
-    scale = shape.head_dim**-0.5
-    for past, columns in cases:
-        at = f"{columns} over {past}" if past else f"{columns >> 10}K"
-        total, hq = past + columns, shape.kv_heads * shape.group
+    def prefill(self) -> None:
+        """B = 1: whole prompts, then new tokens over what is stored."""
+        cases = [(0, 32 << 10), (0, 8 << 10), (32256, 512), (0, 128 << 10)]
+        if not self.quick:
+            cases += [(28 << 10, 4096)]
+        for past, columns in [(0, 90), (100, 40)] if self.tiny else cases:
+            at = f"{columns} over {past}" if past else f"{columns >> 10}K"
+            if self.late(f"prefill from {at} on"):
+                return
+            if not self.report.has("prefill", f"{at} {MAIN}", "segpaged"):
+                self.prefill_case(past, columns, at)
+
+    def prefill_case(self, past: int, columns: int, at: str) -> None:
+        shape, total, hq = self.shape, past + columns, self.shape.kv_heads * self.shape.group
         kv = [peers.dense_kv(shape, 1, total, i) for i in range(2)]
         q = [torch.randn(1, columns, hq, shape.head_dim, device=DEVICE).to(shape.dtype).transpose(1, 2) for _ in kv]
         flops = 4 * hq * shape.head_dim * (columns * past + columns * (columns + 1) / 2)
-        for name, (global_heads, sink, window) in PROFILES.items():
-            if len(global_heads) > 1 or (
-                quick and past == 0 and columns > 32 << 10 and name not in (MAIN, "all global")
-            ):
-                continue
-            num_global, calls, worst = global_heads[0], [], 0.0
-            for i, (k, v) in enumerate(kv):
-                layer = make_layer(shape, 1, 0, num_global, sink, window, i, room=max(past, 1))
-                layer.k_pages.zero_()
-                layer.v_pages.zero_()
-                if past:
-                    old = (k[:, :, :past], v[:, :, :past], layer.k_pages, layer.v_pages, layer.block_table)
-                    sp.append(*old, layer.seq_lens, layer.sink, layer.window)
-                # chunks as a model hands them over: [B, T, H, D] seen as [B, H, T, D]
-                new = [x[:, :, past:].transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
-                order = torch.argsort((layer.window < KEEP_ALL).int(), stable=True).int()
-
-                call = partial(
-                    sp.prefill, q[i], *new, layer.k_pages, layer.v_pages, layer.block_table, layer.seq_lens, layer.sink,
-                    layer.window, layer.window, scale, head_order=order, num_global=num_global, past_len_hint=past,
-                )  # fmt: skip
-                layer.seq_lens.fill_(past)
-                worst = max(worst, check_prefill(q[i], k, v, call(), past, layer.sink, layer.window, scale))
-                calls.append(call)
-            us = measure(calls, 9)
-            seen = flops if num_global == shape.kv_heads else None
-            more = {} if seen is None else {"tflop_s": seen / us / 1e6}
-            report.add("prefill", f"{at} {name}", "segpaged", us, relative_error=worst, **more)
-            del calls, layer, new, call
-            free()
         case = f"{at} {MAIN}"
+        methods: dict[tuple[str, str], list[Callable[[], object]]] = {}
+        facts: dict[tuple[str, str], dict[str, float]] = {}
+        for name, (global_heads, sink, window) in PROFILES.items():
+            if len(global_heads) > 1 or (self.quick and total > 100_000 and name == "1/8 global, 64+4096"):
+                continue
+            found = [self.ours(q[i], *kv[i], past, global_heads[0], sink, window, i) for i in range(len(kv))]
+            key = (f"{at} {name}", "segpaged")
+            methods[key], facts[key] = [call for call, _ in found], {"relative_error": max(e for _, e in found)}
+            if global_heads[0] == shape.kv_heads:
+                facts[key]["flop"] = flops
+        others: dict[str, Callable[[], peers.Calls]] = {}
         if past:
-            report.peer("prefill", case, "SDPA causal_lower_right", partial(peers.sdpa_lower_right, q, kv))
+            others["SDPA causal_lower_right"] = partial(peers.sdpa_lower_right, q, kv)
         else:
-            for method in ("cudnn", "flash") if CUDA else ("default",):
-                report.peer(
-                    "prefill",
-                    case,
-                    f"SDPA {method}, full",
-                    partial(peers.sdpa, method, q, kv, True),
-                    tflops=flops / 1e12,
-                )
+            for backend in ("cudnn", "flash") if CUDA else ("default",):
+                others[f"SDPA {backend}, full"] = partial(peers.sdpa, backend, q, kv, True)
         heads = heads_of(1, 64, 256, shape)
         if total * columns * hq <= 1 << 32:
-            report.peer("prefill", case, "SDPA, mask per head", partial(peers.sdpa_masked, q, kv, past, *heads))
-        if CUDA and past == 0 and columns == 32 << 10 and not quick:
-            report.peer("prefill", case, "flex_attention, mask per head", partial(peers.flex, q, kv, *heads))
-        del kv, q
+            others["SDPA, mask per head"] = partial(peers.sdpa_masked, q, kv, past, *heads)
+        if CUDA and columns == 32 << 10 and not self.quick:
+            others["flex_attention, mask per head"] = partial(peers.flex, q, kv, *heads)
+        for method, make in others.items():
+            try:
+                calls = make()
+                calls[0]()
+                methods[case, method] = calls
+                facts[case, method] = {"flop": flops} if "full" in method else {}
+            except Exception as error:  # another project's kernel: any failure means "not available here"
+                self.report.add("prefill", case, method, None, error=reason(error))
+        us = measure_together({"\n".join(key): calls for key, calls in methods.items()}, 11)
+        # the package's own main row comes last: where it is, the case is complete
+        for key in sorted(methods, key=lambda key: key == (case, "segpaged")):
+            time_us, more = us["\n".join(key)], facts[key]
+            flop = more.pop("flop", None)
+            rate = {} if flop is None else {"tflop_s": flop / time_us / 1e6}
+            self.report.add("prefill", *key, time_us, **more, **rate)
+        del kv, q, methods, others, calls
         free()
 
+    def ours(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int, num_global: int, sink: int, window: int,
+        seed: int,
+    ) -> tuple[Callable[[], object], float]:  # fmt: skip
+        """A call of `prefill` on columns [past, ...) of k and v, and its error."""
+        layer = make_layer(self.shape, 1, 0, num_global, sink, window, seed, room=max(past, 1))
+        layer.k_pages.zero_()
+        layer.v_pages.zero_()
+        if past:
+            old = (k[:, :, :past], v[:, :, :past], layer.k_pages, layer.v_pages, layer.block_table)
+            sp.append(*old, layer.seq_lens, layer.sink, layer.window)
+            layer.seq_lens.fill_(past)
+        # chunks as a model hands them over: [B, T, H, D] seen as [B, H, T, D]
+        new = [x[:, :, past:].transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+        order = torch.argsort((layer.window < KEEP_ALL).int(), stable=True).int()
+        call = partial(
+            sp.prefill, q, *new, layer.k_pages, layer.v_pages, layer.block_table, layer.seq_lens, layer.sink,
+            layer.window, layer.window, self.scale, head_order=order, num_global=num_global, past_len_hint=past,
+        )  # fmt: skip
+        return call, check_prefill(q, k, v, call(), past, layer.sink, layer.window, self.scale)
 
-def bench_append(report: Report, shape: Shape, tiny: bool) -> None:
-    for batch, columns in ((1, 1), (8, 1), (32, 1), (1, 4096)) if not tiny else ((2, 1), (1, 70)):
-        layers = [make_layer(shape, batch, 1000, 1, 64, 256, i, room=columns) for i in range(2 if tiny else 32)]
-        new = [
-            torch.randn(2, batch, columns, shape.kv_heads, shape.head_dim, device=DEVICE).to(shape.dtype)
-            for _ in layers
-        ]
-        calls = []
-        for layer, (k, v) in zip(layers, new, strict=True):
-            args = (layer.k_pages, layer.v_pages, layer.block_table, layer.seq_lens, layer.sink, layer.window)
-            calls.append(partial(sp.append, k.transpose(1, 2), v.transpose(1, 2), *args))
-            want = [layer.k_pages.clone(), layer.v_pages.clone()]
-            sp.reference.append(k.transpose(1, 2), v.transpose(1, 2), *want, *args[2:])
-            calls[-1]()
-            if not (torch.equal(want[0], layer.k_pages) and torch.equal(want[1], layer.v_pages)):
-                raise SystemExit("append: pages differ from the reference's: wrong results")
-        report.add("append", f"B{batch} T{columns}", "segpaged", measure(calls))
-        del layers, new, calls, want, args
-        free()
+    # ----------------------------------------------------------------------------------------------------- append
 
-
-def bars(report: Report, limits: dict[str, float]) -> list[dict]:
-    """What the project asks of these kernels, and what was measured. Bars whose cases did not run are left out.
-
-    Bandwidth is that of a pure read, which is what decode does and the highest there is: a copy inside a CUDA graph is a
-    memcpy node and was measured at little more than half of it.
-    """
-    found = []
-
-    def bar(name: str, measured: float | None, target: float, unit: str, at_least: bool) -> None:
-        if measured is not None:
-            met = measured >= target if at_least else measured <= target
-            found.append(
-                {"name": name, "measured": round(measured, 3), "target": round(target, 3), "unit": unit, "met": met}
-            )
-
-    for row in report.rows:
-        if row["kind"] != "decode" or row["method"] != "segpaged" or row["us"] is None:
-            continue
-        fixed = 10.0 if row["items"] >= 256 else 8.0
-        bar(f"decode {row['case']}", row["us"], fixed + row["bytes"] / limits["read"] / 1e3, "us per layer", False)
-        if row["bytes"] >= 500e6:
-            bar(f"decode {row['case']}, share of read bandwidth", row["gb_s"] / limits["read"], 0.95, "ratio", True)
-    for tokens, share, factor in (("8K", 0.85, None), ("32K", 0.95, 5.5), ("128K", 0.95, 7.3)):
-        dense = report.us("prefill", f"{tokens} {MAIN}", "SDPA cudnn, full")
-        whole = report.us("prefill", f"{tokens} all global", "segpaged")
-        ours = report.us("prefill", f"{tokens} {MAIN}", "segpaged")
-        if dense and whole:
-            bar(f"prefill {tokens}, all global, speed against cuDNN", dense / whole, share, "ratio", True)
-        if dense and ours and factor:
-            bar(f"prefill {tokens}, 1/8 global, speed against cuDNN dense", dense / ours, factor, "ratio", True)
-    chunk = "512 over 32256"
-    ours = report.us("prefill", f"{chunk} {MAIN}", "segpaged")
-    methods = ((f"{chunk} all global", "segpaged"), (f"{chunk} {MAIN}", "SDPA causal_lower_right"))
-    dense = [us for case, method in methods if (us := report.us("prefill", case, method)) is not None]
-    if ours and dense:
-        bar("512 new tokens over 31.5K, time against the best dense", ours / min(dense), 0.5, "ratio", False)
-    for row in report.rows:
-        if row["kind"] == "append" and row["case"].endswith(" T1"):
-            bar(f"append {row['case']}", row["us"], 2.5, "us per layer", False)
-    return found
-
-
-def plot(report: Report, path: Path) -> None:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return
-    kinds = [
-        kind for kind in ("decode", "prefill", "append") if any(r["kind"] == kind and r["us"] for r in report.rows)
-    ]
-    figure, axes = plt.subplots(1, len(kinds), figsize=(8 * len(kinds), 12), squeeze=False)
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        rows = [r for r in report.rows if r["kind"] == kind and r["us"]][::-1]
-        colors = ["tab:blue" if r["method"] == "segpaged" else "tab:gray" for r in rows]
-        axis.barh(range(len(rows)), [r["us"] for r in rows], color=colors)
-        axis.set_yticks(range(len(rows)), [f"{r['case']} | {r['method']}" for r in rows], fontsize=6)
-        axis.set_xscale("log")
-        axis.set_xlabel("microseconds per layer")
-        axis.set_title(kind)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    def append(self) -> None:
+        shape = self.shape
+        for batch, columns in ((2, 1), (1, 70)) if self.tiny else ((1, 1), (8, 1), (32, 1), (1, 4096)):
+            case = f"B{batch} T{columns}"
+            if self.report.has("append", case, "segpaged"):
+                continue
+            layers = [
+                make_layer(shape, batch, 1000, 1, 64, 256, i, room=columns) for i in range(2 if self.tiny else 32)
+            ]
+            size = (2, batch, columns, shape.kv_heads, shape.head_dim)
+            calls = []
+            for layer in layers:
+                k, v = (x.transpose(1, 2) for x in torch.randn(size, device=DEVICE).to(shape.dtype))
+                args = (layer.k_pages, layer.v_pages, layer.block_table, layer.seq_lens, layer.sink, layer.window)
+                calls.append(partial(sp.append, k, v, *args))
+                want = [layer.k_pages.clone(), layer.v_pages.clone()]
+                sp.reference.append(k, v, *want, *args[2:])
+                calls[-1]()
+                if not (torch.equal(want[0], layer.k_pages) and torch.equal(want[1], layer.v_pages)):
+                    raise SystemExit("append: pages differ from the reference's: wrong results")
+            self.report.add("append", case, "segpaged", measure(calls))
+            del layers, calls, want, args
+            free()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--quick", action="store_true", help="fewer sizes, about two minutes")
-    parser.add_argument("--only", default="decode,prefill,append", help="comma-separated choice of the three")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, about a minute")
+    parser.add_argument("--only", default="append,decode,prefill", help="comma-separated choice and order of the three")
+    parser.add_argument("--resume", action="store_true", help="keep what is in the folder, measure what is missing")
+    parser.add_argument("--max-seconds", type=float, default=360, help="start no further case after this time")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not CUDA and not args.tiny:
         parser.error("no CUDA device here; this benchmark measures one")
-    chosen = args.only.split(",")
-    unknown = set(chosen) - {"decode", "prefill", "append"}
-    if unknown:
+    kinds = args.only.split(",")
+    if unknown := set(kinds) - {"decode", "prefill", "append"}:
         parser.error(f"--only names {', '.join(sorted(unknown))}; it takes decode, prefill and append")
-    args.out.mkdir(parents=True, exist_ok=True)
     begin = time.time()
     torch.manual_seed(0)
+    report = Report(args.out, args.resume, kinds)
     limits = harness.bandwidth()
+    print(" ".join(f"{name}={rate:.0f}" for name, rate in limits.items()), "GB/s", flush=True)
     shape = Shape(head_dim=64, page_size=16, dtype=torch.float32) if args.tiny else Shape()
-    report = Report()
-    if "append" in chosen:
-        bench_append(report, shape, args.tiny)
-    if "decode" in chosen:
-        bench_decode(report, shape, args.quick, args.tiny, limits["read"])
-    if "prefill" in chosen:
-        bench_prefill(report, shape, args.quick, args.tiny)
-    judged = bars(report, limits)
-    about = {
-        "device": torch.cuda.get_device_name() if CUDA else platform.processor() or "cpu",
-        "torch": torch.__version__,
-        "triton": __import__("triton").__version__ if CUDA else None,
-        "date": time.strftime("%Y-%m-%d"),
-        "command": f"bench.py {'--quick ' if args.quick else ''}--only {args.only}",
-        "kernels": sp.is_available(DEVICE),
-        "copy_gb_s": round(limits["copy"], 1),
-        "read_gb_s": round(limits["read"], 1),
-        "seconds": round(time.time() - begin, 1),
-        "bars_set_for": "NVIDIA H200",
-    }
-    (args.out / "results.json").write_text(json.dumps({"about": about, "rows": report.rows}, indent=1) + "\n")
-    (args.out / "bars.json").write_text(json.dumps(judged, indent=1) + "\n")
-    names = list(dict.fromkeys(name for row in report.rows for name in row))
-    with open(args.out / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(report.rows)
-    plot(report, args.out / "results.png")
-    print(json.dumps(about))
+    bench = Bench(report, shape, args.quick, args.tiny, begin + args.max_seconds)
+    runs = {"append": bench.append, "decode": partial(bench.decode, limits), "prefill": bench.prefill}
+
+    def finish() -> list[dict]:
+        judged = bars(report, limits)
+        about = {
+            "device": torch.cuda.get_device_name() if CUDA else platform.processor() or "cpu",
+            "torch": torch.__version__,
+            "triton": __import__("triton").__version__ if CUDA else None,
+            "date": time.strftime("%Y-%m-%d"),
+            "command": f"bench.py {'--quick ' if args.quick else ''}--only {args.only}",
+            "kernels": sp.is_available(DEVICE),
+            "gb_s": {name: round(rate, 1) for name, rate in limits.items()},
+            "seconds": round(time.time() - begin, 1),
+            "bars_set_for": "NVIDIA H200",
+        }
+        report.write(about, judged)
+        print(json.dumps(about))
+        return judged
+
+    for kind in kinds:
+        runs[kind]()
+        judged = finish()
     for one in judged:
         verdict = "met   " if one["met"] else "MISSED"
-        print(f"{verdict} {one['name']}: {one['measured']} (target {one['target']} {one['unit']})")
+        by_read = f"; by read bandwidth {one['by_read']}" if "by_read" in one else ""
+        print(f"{verdict} {one['name']}: {one['measured']} (target {one['target']} {one['unit']}{by_read})")
     print(f"{sum(one['met'] for one in judged)} of {len(judged)} bars met; results in {args.out}")
 
 

@@ -36,13 +36,13 @@ def sdpa(backend: str, q: list[torch.Tensor], kv: list[tuple[torch.Tensor, torch
 def sdpa_masked(
     q: list[torch.Tensor],
     kv: list[tuple[torch.Tensor, torch.Tensor]],
-    first: int,
+    first: int | torch.Tensor,
     sink: torch.Tensor,
     window: torch.Tensor,
 ) -> Calls:
-    """SDPA with a boolean mask per head: what a mask can do for a full cache. Queries start at position `first`."""
+    """SDPA with a boolean mask per head: what a mask can do for a full cache. Queries are at `first` and on, or there."""
     group = q[0].shape[1] // sink.numel()
-    p = first + torch.arange(q[0].shape[2], device=DEVICE)[:, None]
+    p = (first if isinstance(first, torch.Tensor) else first + torch.arange(q[0].shape[2], device=DEVICE))[:, None]
     j = torch.arange(kv[0][0].shape[2], device=DEVICE)[None]
     s, w = (x.repeat_interleave(group)[:, None, None] for x in (sink, window))
     mask = ((j <= p) & ((j < s) | (j > p - w)))[None]
@@ -68,21 +68,38 @@ def sdpa_lower_right(q: list[torch.Tensor], kv: list[tuple[torch.Tensor, torch.T
 def flex(
     q: list[torch.Tensor], kv: list[tuple[torch.Tensor, torch.Tensor]], sink: torch.Tensor, window: torch.Tensor
 ) -> Calls:
-    """flex_attention with a per-head block mask, prefill from nothing; making the mask is not timed."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    """flex_attention with a per-head block mask, prefill from nothing; making the mask is not timed.
 
-    group, columns = q[0].shape[1] // sink.numel(), q[0].shape[2]
+    The mask is put together block by block: `create_block_mask` looks at every pair of tokens, for tens of seconds at 32K.
+    """
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    group, columns, size = q[0].shape[1] // sink.numel(), q[0].shape[2], 128
 
     def seen(b, h, p, j):
         return (j <= p) & ((j < sink[h // group]) | (j > p - window[h // group]))
 
-    make = torch.compile(create_block_mask)
-    mask = make(seen, 1, q[0].shape[1], columns, columns, device=DEVICE.type)
+    first = torch.arange(0, columns, size, device=DEVICE)
+    p, j = first[:, None], first[None]
+    s, w = (x.repeat_interleave(group)[:, None, None] for x in (sink, window))
+    # of a block's pairs: the newest query sees the newest key it can, the oldest query the oldest
+    some = (j <= p) & ((j < s) | (j + size - 1 > p - w))
+    full = (j + size - 1 <= p) & ((j + size <= s) | (j > p + size - 1 - w))
+    blocks = []
+    for part in (some & ~full, full):
+        order = torch.argsort((~part).int(), dim=-1, stable=True)
+        blocks += [part.sum(-1).int()[None].contiguous(), order.int()[None].contiguous()]
+    mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=size, mask_mod=seen)
     attend = torch.compile(flex_attention)
-    return [
+    calls = [
         lambda q=q_, k=k_, v=v_: attend(q, k, v, block_mask=mask, enable_gqa=True)
         for q_, (k_, v_) in zip(q, kv, strict=True)
     ]
+    rows = torch.linspace(0, columns - 1, 16, device=DEVICE).long()
+    got, want = calls[0]()[:, :, rows], sdpa_masked([q[0][:, :, rows]], kv[:1], rows, sink, window)[0]()
+    if (got.float() - want.float()).norm() > 0.02 * want.float().norm():
+        raise ValueError("flex_attention under this mask gives something else than SDPA under it")
+    return calls
 
 
 def flashinfer_decode(layers: list[Layer], scale: float) -> Calls:

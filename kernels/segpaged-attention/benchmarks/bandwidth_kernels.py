@@ -1,4 +1,4 @@
-"""A kernel that reads memory and does next to nothing else: what a read-bound kernel can reach at best."""
+"""Kernels that read or copy memory and do next to nothing else: what a memory-bound kernel can reach at best."""
 
 import triton
 import triton.language as tl
@@ -12,3 +12,9 @@ def read_kernel(p_x, p_out, n, BLOCK: tl.constexpr, REPEAT: tl.constexpr):
         o = (i_p * REPEAT + i) * BLOCK + tl.arange(0, BLOCK)
         b_sum += tl.load(p_x + o, mask=o < n, other=0.0).to(tl.float32)
     tl.store(p_out + i_p, tl.sum(b_sum, 0))
+
+
+@triton.jit
+def copy_kernel(p_x, p_y, n, BLOCK: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_y + o, tl.load(p_x + o, mask=o < n, other=0.0), mask=o < n)
