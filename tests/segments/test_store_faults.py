@@ -183,7 +183,8 @@ def test_a_writer_that_dies_leaves_pieces_that_expire(valkey_server, monkeypatch
 
 @pytest.mark.store
 @pytest.mark.parametrize(
-    "text", [b"", b"[]", b"{}", b'{"id":"x","pieces":99999999999,"bytes":1}', b"\xff", b"1" * 9000]
+    "text",
+    [b"", b"[]", b"{}", b'{"id":"x","pieces":99999999999,"bytes":1}', b"\xff", b"1" * 9000, b"[" * 100_000],
 )
 def test_a_hostile_manifest_is_a_miss(valkey_server, text, caplog):
     import valkey

@@ -46,7 +46,7 @@ class Checkpoint:
                 self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
             self.note = json.loads(metadata["note"])
             found = metadata["fingerprint"]
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
             raise RedKnotError(
                 f"checkpoint {str(self.path)!r} is not a profiler checkpoint ({error}); delete it"
             ) from error

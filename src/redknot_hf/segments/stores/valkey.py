@@ -236,7 +236,7 @@ def _parse_manifest(text: bytes | None) -> dict[str, Any] | None:
     """A manifest that says believable things, or None."""
     try:
         manifest = json.loads(text) if text is not None else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(manifest, dict):
         return None
