@@ -128,6 +128,7 @@ class RedKnotCache(Cache):
         self.seen = 0
         self.padding: list[tuple[int, np.ndarray]] = []  # (first column, bool [batch, columns]) of chunks with padding
         self.step: Step | None = None
+        self.running: str | None = None  # the attention implementation of the forward that runs
         self.last_handle: Handle | None = None
         self._device_lens: dict[torch.device, torch.Tensor] = {}
         self._pools: dict[tuple[int, torch.device, torch.dtype, int, int], PagePool] = {}
@@ -753,6 +754,7 @@ class RedKnotCache(Cache):
         tables = dense = cold = 0
         archives: dict[int, tuple[PagePool, list[np.ndarray]]] = {}
         stores: dict[int, Any] = {}
+        nearby = 0
         for layer in self.layers:
             pages = layer.pages if isinstance(layer, RedKnotLayer) else None
             if pages is None:
@@ -773,6 +775,7 @@ class RedKnotCache(Cache):
             held.setdefault(id(pages.pool), (pages.pool, []))[1].append(pages.table[pages.table > 0])
             for heads, per_head in zip((live_heads, ideal_heads), pages.head_bytes(), strict=True):
                 heads.append(per_head.tolist())
+            nearby += getattr(pages, "nearby_bytes", 0)
             if isinstance(pages, FrozenPages):
                 stores[id(pages.store)] = pages.store
                 tables += pages.frozen.nbytes
@@ -780,8 +783,8 @@ class RedKnotCache(Cache):
             dense += pages.batch_size * pages.num_heads * self.seen * token
         live = sum(len(np.unique(np.concatenate(lists))) * pool.page_bytes for pool, lists in held.values())
         allocated = sum(pool.allocated_bytes for pool, _ in held.values())
-        frozen = sum(store.nbytes for store in stores.values())
-        live, allocated = live + frozen, allocated + frozen
+        beside = nearby + sum(store.nbytes for store in stores.values())  # on the device, in no pool
+        live, allocated = live + beside, allocated + beside
         for pool, lists in archives.values():
             kept = len(np.unique(np.concatenate(lists))) * pool.page_bytes
             cold += kept

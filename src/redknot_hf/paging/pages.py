@@ -63,15 +63,54 @@ class LayerPages:
         self.full_heads = np.flatnonzero(self.window >= KEEP_ALL)
         self.ring_heads = np.flatnonzero(self.window < KEEP_ALL)
         self.table = np.zeros((batch_size, len(sink), 1), np.int32)
-        self.lens = np.zeros(batch_size, np.int64)
-        self.oldest = np.broadcast_to(self.sink.astype(np.int64), (batch_size, len(sink))).copy()
+        self._lens = np.zeros(batch_size, np.int64)
+        self._oldest = np.broadcast_to(self.sink.astype(np.int64), (batch_size, len(sink))).copy()
+        self._ahead = 0  # tokens that every row has got since lens and oldest were last looked at
         self.shared = False
         self._changed()
+
+    # ------------------------------------------------------------------------------------------------- lengths
+    @property
+    def lens(self) -> np.ndarray:
+        self._catch_up()
+        return self._lens
+
+    @lens.setter
+    def lens(self, lens: np.ndarray) -> None:
+        self._catch_up()
+        self._lens = lens
+
+    @property
+    def oldest(self) -> np.ndarray:
+        self._catch_up()
+        return self._oldest
+
+    @oldest.setter
+    def oldest(self, oldest: np.ndarray) -> None:
+        self._catch_up()
+        self._oldest = oldest
+
+    def _catch_up(self) -> None:
+        if self._ahead:
+            ahead, self._ahead = self._ahead, 0
+            self._lens = self._lens + ahead
+            self._oldest = np.maximum(self._oldest, self._lens[:, None] - self.ring)
+
+    def take_one(self) -> bool:
+        """Whether every row has room for one more token without `prepare`; then count it with `count_one`."""
+        if self._room < 1:
+            return False
+        self._room -= 1
+        return True
+
+    def count_one(self) -> None:
+        """Count one written token for every row: ``advance`` by one, at next to no cost."""
+        self._ahead += 1
 
     # ------------------------------------------------------------------------------------------------- geometry
     @property
     def batch_size(self) -> int:
-        return len(self.lens)
+        return len(self._lens)
 
     @property
     def num_heads(self) -> int:
@@ -121,7 +160,7 @@ class LayerPages:
             PoolExhausted: the pool has too few pages; nothing has changed then that a later call could notice.
         """
         most = int(new.max(initial=0))
-        if not self._guarded and most <= self._room:
+        if most <= self._room:
             self._room -= most
             return
         total = self.lens + new
@@ -130,9 +169,22 @@ class LayerPages:
             self._grow(have, need)
         if self._guarded:
             self._own(self._touched(new))
-        free_slots = need * self.pool.page_size - self.stored(total)
-        free_slots = np.where(self.stored(total) >= self.sink.astype(np.int64) + self.ring, KEEP_ALL, free_slots)
-        self._room = int(free_slots.min())
+            self._look_for_sharers()
+        size, kept = self.pool.page_size, self.sink.astype(np.int64) + self.ring
+        if self._guarded:  # the pages written to now are this table's own, the next ones have to be looked at first
+            last = self.slots(total[:, None] - 1, np.arange(self.num_heads))[..., 0]
+            free_slots = np.minimum(size - 1 - last % size, kept - 1 - last)
+            self._room = int(free_slots.min()) if (new > 0).all() else 0
+        else:
+            stored = self.stored(total)
+            self._room = int(np.where(stored >= kept, KEEP_ALL, need * size - stored).min())
+
+    def _look_for_sharers(self) -> None:
+        """Notice when nobody else holds any of these pages any more."""
+        if self.shared and self._releases != self.pool.releases:
+            with self.pool.lock:
+                self._releases = self.pool.releases
+                self.shared = bool((self.pool.refs[self.table[self.table > 0]] > 1).any())
 
     def _grow(self, have: np.ndarray, need: np.ndarray) -> None:
         if need.max() > self.table.shape[2]:
@@ -144,11 +196,13 @@ class LayerPages:
         if runs and (need[:, full] > have[:, full]).any():
             self._grow_runs(have[:, full], need[:, full])
         heads = ring if runs else np.arange(self.num_heads)
-        column = np.arange(self.table.shape[2])
-        missing = (column >= have[:, heads, None]) & (column < need[:, heads, None])
-        part = self.table[:, heads]
-        part[missing] = self.pool.alloc(int(missing.sum()))
-        self.table[:, heads] = part
+        more = (need - have)[:, heads]
+        row, head = np.nonzero(more > 0)
+        count, head = more[row, head], heads[head]
+        pages = self.pool.alloc(int(count.sum()))
+        first = have[row, head] - (np.cumsum(count) - count)
+        column = np.repeat(first, count) + np.arange(len(pages))
+        self.table[np.repeat(row, count), np.repeat(head, count), column] = pages
         self._changed()
 
     def _grow_runs(self, have: np.ndarray, need: np.ndarray) -> None:
@@ -358,6 +412,7 @@ class LayerPages:
     def _changed(self) -> None:
         """The table was edited: forget what was derived from it."""
         self._room = 0
+        self._releases = -1
         self._runs: dict[int | str | None, tuple[int, int, int] | None] = {}
         self._indices: dict[tuple[bytes, int], torch.Tensor] = {}
         self.version = getattr(self, "version", 0) + 1

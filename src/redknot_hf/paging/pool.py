@@ -55,6 +55,7 @@ class PagePool:
         self.v = self._slab(rows, value_dim, dtype, device)
         self.refs = np.zeros(rows, np.int32)
         self.refs[0] = 1
+        self.releases = 0  # how often references were dropped: whoever shares pages may be alone since
         self._used = np.zeros(rows, bool)  # handed out before, so possibly not zero
         self._spare = np.zeros(rows, bool)  # free, and kept for the run before it while other pages are left
 
@@ -195,6 +196,7 @@ class PagePool:
         """Drop one reference for every entry of ``pages``; pages without references are free again."""
         with self.lock:
             pages = pages[pages > 0]
+            self.releases += 1
             np.subtract.at(self.refs, pages, 1)
             behind = pages[self.refs[pages] == 0] + 1  # what was kept behind a run that is gone is anybody's
             while len(behind := behind[behind < self.num_pages]) and len(behind := behind[self._spare[behind]]):

@@ -8,8 +8,11 @@ table, on host memory (page-locked next to a GPU) or on a mapped file, in which 
   (exactly a global head) or those that `bounds` picks.
 
 Both tables share pages between rows and forks in the same way, so forks, beams and crops need nothing special.
-Copies to the archive are made when tokens are stored; on CUDA they run on a stream of their own. The CUDA side
-of this file has not been run yet: the CPU runs the same code without streams.
+
+On CUDA tokens travel to the archive on a stream of their own, into page-locked memory; the host does not wait for them.
+They are entered into the archive's pages when somebody asks for the archive, or two chunks later. A decode step needs no
+token that is still under way: far pages end before the newest one. Far pages that were picked stay on the device until
+the next step picks others, so that a step fetches what is new in its choice.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +85,29 @@ class FilePool(PagePool):
 
 
 @contextlib.contextmanager
-def _side_stream(device: torch.device, wait_after: bool) -> Iterator[None]:
-    """Run copies between ``device`` and the host beside the computation. Nothing on the CPU."""
+def _side_stream(device: torch.device, wait_after: bool) -> Iterator[torch.cuda.Stream | None]:
+    """Run copies between ``device`` and the host beside the computation, whose stream is yielded. Nothing on the CPU."""
     if device.type != "cuda":
-        yield
+        yield None
         return
-    stream = _streams.setdefault(device, torch.cuda.Stream(device))
-    stream.wait_stream(torch.cuda.current_stream(device))
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    stream, main = _streams[device], torch.cuda.current_stream(device)
+    stream.wait_stream(main)
     with torch.cuda.stream(stream):
-        yield
+        yield main
     if wait_after:
-        torch.cuda.current_stream(device).wait_stream(stream)
+        main.wait_stream(stream)
+
+
+@dataclass
+class _Arriving:
+    """A chunk on its way to the archive: keys and values ``[batch, heads, n, dim]`` on the host once ``copied``."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    new: np.ndarray
+    copied: torch.cuda.Event | None
 
 
 class FarHeads:
@@ -107,15 +123,20 @@ class FarHeads:
     def __init__(self, pages: TieredPages, heads: np.ndarray, bounds: PageBounds, pick: int | float | None):
         self.pages, self.heads, self.bounds, self.pick = pages, heads, bounds, pick
         self.fetched = 0  # pages read from the archive so far
+        self.nearby: list[_Nearby] = []  # of each row, what the latest step read
 
     def rows_of_archive(self) -> np.ndarray:
         return np.searchsorted(self.pages.archived, self.heads)
 
     def decode(self, q: torch.Tensor, spec: torch_attention.AttentionSpec) -> torch.Tensor:
         """One query per row, ``q [batch, heads, group, dim]`` -> the same shape with value channels."""
-        return torch.cat([self._decode_row(row, q[row : row + 1], spec) for row in range(len(q))])
+        archive = self.pages.settled(keep=1)
+        self.nearby = self.nearby[: len(q)] + [_Nearby() for _ in range(len(q) - len(self.nearby))]
+        return torch.cat([self._decode_row(row, q[row : row + 1], spec, archive) for row in range(len(q))])
 
-    def _decode_row(self, row: int, q: torch.Tensor, spec: torch_attention.AttentionSpec) -> torch.Tensor:
+    def _decode_row(
+        self, row: int, q: torch.Tensor, spec: torch_attention.AttentionSpec, archive: LayerPages
+    ) -> torch.Tensor:
         pages, heads = self.pages, self.heads
         size, length = pages.pool.page_size, int(pages.lens[row])
         oldest = int(pages.oldest[row, heads].max())
@@ -124,14 +145,15 @@ class FarHeads:
         near_k, near_v = pages.one_row(row).gather(near, heads)
         if not far:
             return torch_attention._attend(q, near_k, near_v, None, spec, heads, q.shape[2])
-        table = pages.archive.table[row, self.rows_of_archive(), :far].astype(np.int64)
+        table = archive.table[row, self.rows_of_archive(), :far].astype(np.int64)
         chosen = self._choose(q[0], table, spec.scale)
+        fetch = self._fetch if self.pick is None else self.nearby[row].reader(self, table[chosen], near_k.device)
         outs = []
         counts = chosen.sum(1)
         for count in np.unique(counts):  # heads that read equally many pages go together
             group = np.flatnonzero(counts == count)
             picked = table[group][chosen[group]].reshape(len(group), int(count))
-            k, v = self._fetch(picked, near_k.device)
+            k, v = fetch(picked, near_k.device)
             k, v = torch.cat([k, near_k[:, group]], 2), torch.cat([v, near_v[:, group]], 2)
             outs.append((group, torch_attention._attend(q[:, group], k, v, None, spec, heads[group], q.shape[2])))
         return torch_attention._join(outs, len(heads))
@@ -148,16 +170,13 @@ class FarHeads:
 
     def _fetch(self, picked: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages ``[heads, count]`` of the archive -> two ``[1, heads, count * page_size, dim]`` on ``device``."""
-        pool = self.pages.archive.pool
+        pool = self.pages.settled(keep=1).pool
         index = torch.from_numpy(picked.ravel())
         self.fetched += len(index)
         halves = []
-        with _side_stream(device, wait_after=True):
+        with _side_stream(device, wait_after=True) as main:
             for slab in (pool.k, pool.v):
-                found = slab.index_select(0, index)
-                if device.type == "cuda":
-                    found = found.pin_memory().to(device, non_blocking=True)
-                halves.append(found.view(1, len(picked), -1, slab.shape[2]))
+                halves.append(_upload(slab, index, device, main).view(1, len(picked), -1, slab.shape[2]))
         return halves[0], halves[1]
 
     def prefill(
@@ -169,6 +188,59 @@ class FarHeads:
         past = _Past(self.pages, self.rows_of_archive(), k.device)
         everyone = np.arange(len(self.heads))
         return torch_attention._prefill_full(past, q, k, v, self.pages.lens, new, spec, everyone, False)  # type: ignore[arg-type]
+
+
+class _Nearby:
+    """Far pages of one row that the latest decode step read, on the compute device."""
+
+    def __init__(self) -> None:
+        self.numbers = np.zeros(0, np.int64)  # of the archive's pages, increasing
+        self.k: torch.Tensor | None = None
+        self.v: torch.Tensor | None = None
+
+    def reader(self, far: FarHeads, wanted: np.ndarray, device: torch.device) -> Any:
+        """Hold exactly the pages ``wanted``, fetching those that are not here, and return how to read them."""
+        numbers = np.unique(wanted)
+        here = np.isin(numbers, self.numbers, assume_unique=True)
+        missing = numbers[~here]
+        if len(missing) or len(numbers) != len(self.numbers):
+            halves = far._fetch(missing[None], device) if len(missing) else (None, None)
+            into = torch.from_numpy(np.flatnonzero(here)).to(device)
+            kept = torch.from_numpy(np.searchsorted(self.numbers, numbers[here])).to(device)
+            fresh = torch.from_numpy(np.flatnonzero(~here)).to(device)
+            found = []
+            for old, half in zip((self.k, self.v), halves, strict=True):
+                some = old if half is None else half
+                assert some is not None
+                size = far.pages.pool.page_size
+                whole = some.new_empty(len(numbers), size, some.shape[-1])
+                if len(kept):
+                    whole.index_copy_(0, into, old.index_select(0, kept))  # type: ignore[union-attr]
+                if half is not None:
+                    whole.index_copy_(0, fresh, half.view(len(missing), size, -1))
+                found.append(whole)
+            self.numbers, self.k, self.v = numbers, found[0], found[1]
+
+        def read(picked: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+            index = torch.from_numpy(np.searchsorted(self.numbers, picked.ravel())).to(device)
+            assert self.k is not None and self.v is not None
+            shape = (1, len(picked), picked.shape[1] * self.k.shape[1], -1)
+            return self.k.index_select(0, index).view(shape), self.v.index_select(0, index).view(shape)
+
+        return read
+
+
+def _upload(
+    slab: torch.Tensor, index: torch.Tensor, device: torch.device, main: torch.cuda.Stream | None
+) -> torch.Tensor:
+    """Pages of a host slab on ``device``, by way of page-locked memory; called within `_side_stream`, read on ``main``."""
+    if main is None:
+        return slab.index_select(0, index)
+    staged = torch.empty(len(index), *slab.shape[1:], dtype=slab.dtype, pin_memory=True)
+    torch.index_select(slab, 0, index, out=staged)
+    found = staged.to(device, non_blocking=True)
+    found.record_stream(main)  # its memory is the side stream's, and must not be given away while it is read
+    return found
 
 
 class _Past:
@@ -194,9 +266,8 @@ class _Past:
 class _Slabs:
     def __init__(self, pool: PagePool, held: np.ndarray, device: torch.device):
         self.page_size, index = pool.page_size, torch.from_numpy(held)
-        with _side_stream(device, wait_after=True):
-            self.k = pool.k.index_select(0, index).pin_memory().to(device, non_blocking=True)
-            self.v = pool.v.index_select(0, index).pin_memory().to(device, non_blocking=True)
+        with _side_stream(device, wait_after=True) as main:
+            self.k, self.v = (_upload(slab, index, device, main) for slab in (pool.k, pool.v))
 
 
 class TieredPages(LayerPages):
@@ -212,7 +283,7 @@ class TieredPages(LayerPages):
 
     Attributes:
         archived: int64, the local and the retrieval heads, in order: the heads of ``archive``.
-        archive: their page table on the cold pool.
+        archive: their page table on the cold pool, complete.
         far: the retrieval heads, or None.
     """
 
@@ -235,29 +306,61 @@ class TieredPages(LayerPages):
         super().__init__(pool, sink, window, batch_size, rollback, contiguous)
         self.archived = self.ring_heads
         keeps = np.full(len(self.archived), KEEP_ALL)
-        self.archive = LayerPages(cold_pool, np.zeros(len(keeps), np.int64), keeps, batch_size, contiguous=False)
+        self._archive = LayerPages(cold_pool, np.zeros(len(keeps), np.int64), keeps, batch_size, contiguous=False)
+        self._arriving: list[_Arriving] = []
         if len(retrieval):
             assert bounds is not None
             self.far = FarHeads(self, retrieval, bounds, pick)
         self.local_heads = np.setdiff1d(self.ring_heads, retrieval)
 
+    @property
+    def archive(self) -> LayerPages:
+        return self.settled()
+
+    def settled(self, keep: int = 0) -> LayerPages:
+        """The archive, with all tokens entered but those of the latest ``keep`` chunks."""
+        while len(self._arriving) > keep:
+            chunk, archive = self._arriving.pop(0), self._archive
+            if chunk.copied is not None:
+                chunk.copied.synchronize()
+            archive.write(chunk.k, chunk.v, chunk.new)
+            self.count_archive(chunk.new)
+        return self._archive
+
+    def count_archive(self, new: np.ndarray) -> None:
+        """Count ``new`` (int64 ``[batch]``) tokens that were copied into the archive's pages from elsewhere."""
+        before = self._archive.lens
+        self._archive.advance(new)
+        if self.far is not None:
+            self.far.bounds.update(self._archive, before)
+
+    @property
+    def nearby_bytes(self) -> int:
+        """Bytes of far pages that are on the device because the latest step read them."""
+        held = [] if self.far is None else [half for row in self.far.nearby for half in (row.k, row.v)]
+        return sum(half.nbytes for half in held if half is not None)
+
     def prepare(self, new: np.ndarray) -> None:
         super().prepare(new)
-        self.archive.prepare(new)
+        # pages for what is under way and for what comes: entering them later takes no memory, so it cannot fail
+        self._archive.prepare(sum((chunk.new for chunk in self._arriving), new))
 
     def write(self, k: torch.Tensor, v: torch.Tensor, new: np.ndarray) -> None:
         super().write(k, v, new)
         index = torch.from_numpy(self.archived).to(k.device)
+        self.settled(keep=1)
+        if k.device.type != "cuda":
+            self._arriving.append(_Arriving(k.index_select(1, index), v.index_select(1, index), new, None))
+            return
+        halves = []
         with _side_stream(k.device, wait_after=False):
-            cold_k, cold_v = (half.index_select(1, index).to("cpu") for half in (k, v))
-        self.archive.write(cold_k, cold_v, new)
-
-    def advance(self, new: np.ndarray) -> None:
-        before = self.archive.lens
-        super().advance(new)
-        self.archive.advance(new)
-        if self.far is not None:
-            self.far.bounds.update(self.archive, before)
+            for half in (k, v):
+                part = half.index_select(1, index)
+                half.record_stream(torch.cuda.current_stream(k.device))
+                host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+                halves.append(host.copy_(part, non_blocking=True))
+            copied = torch.cuda.current_stream(k.device).record_event()
+        self._arriving.append(_Arriving(halves[0], halves[1], new, copied))
 
     # ------------------------------------------------------------------------------------- rows of the batch, forks
     def one_row(self, row: int) -> LayerPages:
@@ -271,21 +374,29 @@ class TieredPages(LayerPages):
         )
         return view
 
+    def _forget_nearby(self) -> None:
+        """Numbers of the archive's pages may come to mean other tokens."""
+        if self.far is not None:
+            self.far.nearby = []
+
     def select(self, indices: np.ndarray) -> None:
         super().select(indices)
         self.archive.select(indices)
+        self._forget_nearby()
 
     def fork(self) -> TieredPages:
         twin = super().fork()
         assert isinstance(twin, TieredPages)
-        twin.archive = self.archive.fork()
+        twin._archive, twin._arriving = self.archive.fork(), []
         if self.far is not None:
             twin.far = FarHeads(twin, self.far.heads, self.far.bounds, self.far.pick)
         return twin
 
     def free(self) -> None:
         super().free()
-        self.archive.free()
+        self._arriving.clear()
+        self._archive.free()
+        self._forget_nearby()
 
     # ------------------------------------------------------------------------------------------------- crop
     def check_crop(self, removed: np.ndarray) -> None:
@@ -297,6 +408,7 @@ class TieredPages(LayerPages):
         """Take back the last ``removed`` tokens of each row; rings are filled up again from the archive."""
         super().crop(removed)
         self.archive.crop(removed)
+        self._forget_nearby()
         self._refill()
 
     def _own_slots(self, heads: np.ndarray, positions: np.ndarray, keep: np.ndarray) -> None:
@@ -414,6 +526,8 @@ def regrown(old: LayerPages, fresh: LayerPages, name: str) -> LayerPages:
         everyone = np.arange(len(fresh.archived))
         _copy_from(old, fresh.archive, everyone, fresh.archived, positions, real[:, :1] & there[:, fresh.archived])
     fresh.advance(lens)
+    if isinstance(fresh, TieredPages):
+        fresh.count_archive(lens)
     # a ring may reach further back than what is there: then it starts behind the last gap
     gap = np.where(real & ~there & (at >= fresh.sink[:, None]), at + 1, 0).max(2, initial=0)
     fresh.oldest = np.maximum(fresh.oldest, gap)
