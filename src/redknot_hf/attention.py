@@ -24,7 +24,7 @@ NAME = "redknot"
 HANDLE = "_redknot_handle"  # attribute of a key tensor
 
 # keyword arguments with which a family changes the scores or the choice of keys in a way that pages do not follow
-_FOREIGN = ("position_bias", "sinks", "indices", "block_indices", "topk_indices", "head_mask")
+_FOREIGN = frozenset({"position_bias", "sinks", "indices", "block_indices", "topk_indices", "head_mask"})
 
 # Who looks at a call before it runs: called with module, query, key, attention_mask, scaling, sliding_window, softcap and
 # s_aux as the forward got them, and its other keyword arguments as one dict. It must not change or keep them. Called in
@@ -105,21 +105,20 @@ def _refuse_foreign(
     module: torch.nn.Module, handle: Any, value: torch.Tensor, dropout: float, is_causal: bool | None, kwargs: dict
 ) -> None:
     """Raise `UnsupportedModel` where a family does what pages do not follow."""
-    name = type(module).__name__
     if handle.value is not value:
         raise UnsupportedModel(
-            f"{name} changes the values between the cache and the attention call, so a RedKnotCache cannot serve it; "
-            "use DynamicCache"
+            f"{type(module).__name__} changes the values between the cache and the attention call, so a RedKnotCache "
+            "cannot serve it; use DynamicCache"
         )
-    foreign = [word for word in _FOREIGN if kwargs.get(word) is not None]
-    if foreign:
-        raise UnsupportedModel(
-            f"{name} passes {foreign[0]} to attention, which a RedKnotCache does not serve; use DynamicCache"
-        )
+    for word in _FOREIGN.intersection(kwargs):
+        if kwargs[word] is not None:
+            raise UnsupportedModel(
+                f"{type(module).__name__} passes {word} to attention, which a RedKnotCache does not serve; use DynamicCache"
+            )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if not causal:
         raise UnsupportedModel(
-            f"{name} attends in both directions, which a RedKnotCache does not serve; use DynamicCache"
+            f"{type(module).__name__} attends in both directions, which a RedKnotCache does not serve; use DynamicCache"
         )
     step = getattr(handle, "step", None)  # the static form has none
     if step is not None and step.new is None and 0 < step.start < step.length and _starts_over(kwargs):

@@ -17,6 +17,9 @@ from .paging.torch_attention import AttentionSpec
 
 MAX_DECODE_ROWS = 8
 
+_append = torch.ops.segpaged_attention.append.default
+_decode = torch.ops.segpaged_attention.decode.default
+
 
 def unavailable(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, page_size: int) -> str | None:
     """Why the kernels cannot serve such a layer, or None."""
@@ -54,6 +57,7 @@ class KernelLayer:
     def __init__(self, pages: LayerPages):
         self.pages, self.device = pages, pages.pool.k.device
         self.version = -1
+        self.checked = False  # the operators' arguments fit: the layer has decoded a token
         order = np.concatenate([pages.full_heads, pages.ring_heads])
         self.order, self.num_full = self._upload(order), len(pages.full_heads)
         self.sync()
@@ -97,6 +101,35 @@ class KernelLayer:
             spec.model_window,
             exact_positions=self.pages.rollback > 0,
         )
+
+    def append_one(self, k: torch.Tensor, v: torch.Tensor, lengths: Lengths) -> None:
+        """`append` of one token for every row, ``[batch, kv_heads, 1, dim]``; arguments are checked the first time."""
+        self.sync()
+        if not self.checked:
+            return self.append(k, v, lengths)
+        pool = self.pages.pool
+        with pool.lock:
+            _append(k, v, pool.k, pool.v, self.table, lengths.before, self.sink, self.ring)
+
+    def decode_one(
+        self,
+        q: torch.Tensor,
+        scale: float,
+        softcap: float,
+        s_aux: torch.Tensor | None,
+        model_window: int,
+        lengths: Lengths,
+    ) -> torch.Tensor:
+        """`decode` of one token for every row, ``q [batch, q_heads, 1, dim]``; arguments are checked the first time."""
+        if not self.checked:
+            out = self.decode(q, AttentionSpec(scale, softcap, s_aux, model_window), lengths)
+            self.checked = True
+            return out
+        pages, aux = self.pages, None if s_aux is None else s_aux.float()
+        return _decode(
+            q, pages.pool.k, pages.pool.v, self.table, lengths.after, self.sink, self.window, self.ring,
+            scale, softcap, aux, model_window, pages.rollback > 0,
+        )  # fmt: skip
 
     def prefill(
         self,

@@ -256,10 +256,12 @@ class RedKnotLayer(CacheLayerMixin):
                 f"{key_states.shape[1]} of {key_states.shape[3]} in {key_states.dtype} are fed: a cache serves one model; "
                 "make another one"
             )
-        implementation = self.cache.attention_implementation
-        if implementation not in (None, NAME):
-            return self._update_dense(key_states, value_states, implementation)
-        step = self.cache.join_step(self, key_states.shape[2])
+        cache = self.cache
+        if self.seen == cache.seen or cache.step is None:  # a forward begins here
+            cache.running = cache.attention_implementation
+        if cache.running not in (None, NAME):
+            return self._update_dense(key_states, value_states, cache.running)
+        step = cache.join_step(self, key_states.shape[2])
         # a view carries the handle, so that a caller's own tensor is left alone
         keys, values = key_states.detach(), value_states.detach()
         handle = Handle(self, step, keys, values)
@@ -268,7 +270,7 @@ class RedKnotLayer(CacheLayerMixin):
             keys, values = _NoBackward.apply(keys, key_states), _NoBackward.apply(values, value_states)
             handle._value = weakref.ref(values)
         setattr(keys, HANDLE, handle)
-        self.cache.last_handle = handle
+        cache.last_handle = handle
         return keys, values
 
     def _update_dense(self, k: torch.Tensor, v: torch.Tensor, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,6 +313,8 @@ class RedKnotLayer(CacheLayerMixin):
         step = handle.step
         if sliding_window is not None and sliding_window != self.model_window:
             self._adopt_window(sliding_window)
+        if self.kernel is not None and step.length == 1 and mask is None and not handle.stored and self._room_for_one():
+            return self._decode_one(handle, query, scale, softcap or 0.0, s_aux)
         step.resolve(mask, self.pages.lens if self.pages is not None else np.zeros(step.batch, np.int64))
         step.use_pattern(mask)
         self._check_window(step, mask)
@@ -326,6 +330,30 @@ class RedKnotLayer(CacheLayerMixin):
             self._ready(step)
         run = self._attend_kernels if self.kernel is not None else self._attend_torch
         out = run(handle, query.detach(), spec, single)
+        return _NoBackward.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
+
+    def _room_for_one(self) -> bool:
+        return self.pages is not None and self.pages.take_one()
+
+    def _decode_one(
+        self, handle: Handle, query: torch.Tensor, scale: float, softcap: float, s_aux: torch.Tensor | None
+    ) -> torch.Tensor:
+        """A decode step by the kernels while the page tables stay as they are: what eager decoding mostly does.
+
+        The host's time is what such a step takes on a GPU, so nothing is done here that can be done once per forward or
+        once per page.
+        """
+        step, pages, kernel = handle.step, self.pages, self.kernel
+        assert pages is not None and kernel is not None and handle.k is not None and handle.v is not None
+        if step.new is None:
+            step.resolve(None, pages.lens)
+        lengths = step.lengths.get(self.device)
+        if lengths is None:
+            lengths = self.cache.lengths(step, pages.lens, self.device)
+        kernel.append_one(handle.k, handle.v, lengths)
+        pages.count_one()
+        self._stored(handle)
+        out = kernel.decode_one(query.detach(), scale, softcap, s_aux, self.extra_window, lengths)
         return _NoBackward.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
     def _attend_torch(self, handle: Handle, query: torch.Tensor, spec: AttentionSpec, single: bool) -> torch.Tensor:

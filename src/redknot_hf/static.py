@@ -212,13 +212,13 @@ class StaticRedKnotLayer(RedKnotLayer):
             raise CacheError(
                 f"this static cache holds {self.batch_size} row(s) but {key_states.shape[0]} are fed: build another one"
             )
-        implementation = self.cache.attention_implementation
-        if implementation not in (None, NAME):
-            raise CacheError(
-                f"a static RedKnotCache needs attn_implementation='{NAME}', the model runs {implementation!r}: call "
-                f"model.set_attn_implementation('{NAME}')"
-            )
         if self.first:
+            implementation = self.cache.attention_implementation
+            if implementation not in (None, NAME):
+                raise CacheError(
+                    f"a static RedKnotCache needs attn_implementation='{NAME}', the model runs {implementation!r}: call "
+                    f"model.set_attn_implementation('{NAME}')"
+                )
             self.cache.announce(1)
 
     # ------------------------------------------------------------------------------------------------ a chunk

@@ -309,12 +309,14 @@ class _Loader:
         _typed(options, "cold", str)
         document = self.said.get("profile")
         profile = None if document is None else from_document(document, "the profile in the session")
-        if self.model is not None:
-            rank, size = compat.tensor_parallel(self.model)
+        sharded = compat.config_tensor_parallel(self.config)
+        if self.model is not None or sharded[1] > 1:
+            rank, size = sharded if self.model is None else compat.tensor_parallel(self.model)
             if (rank, size) != (options["tp_rank"], options["tp_size"]):
                 raise CacheError(
                     f"the session is the share of rank {options['tp_rank']} of {options['tp_size']}, this process is "
-                    f"rank {rank} of {size}: save and load with the same tensor-parallel layout"
+                    f"rank {rank} of {size}: save and load with the same tensor-parallel layout, or write the cache of "
+                    "all ranks with redknot_hf.distributed.save_world"
                 )
         cache = self.cls(self.config, profile or HeadProfile.all_global(self.config), **options)
         cache.profile = profile  # None stays None: whatever number of heads the layers feed is then accepted

@@ -128,7 +128,7 @@ def profile_heads(
             prompts = [full_reference(model, collate(group, device)) for group in groups]
         search = search_on(
             model, layout, prompts, windows=windows, sink=sink, objective=Objective(), sketches=load.search_sketches,
-            seed=seed, mode=prefill, rounds=load.rounds, lengths=load.lengths, singles=load.singles,
+            seed=seed, mode=prefill if load.deployed else "full", rounds=load.rounds, lengths=load.lengths, singles=load.singles,
             step=lambda: bar.update(1),
         )  # fmt: skip
         bar.set_description("full cache on held-out prompts")

@@ -40,6 +40,7 @@ class Workload:
         search_needles, search_texts: prompts on which maps are compared; 0 takes those of the scored pass, which need no
             new prefill.
         rounds, lengths, singles, search_sketches: of the search (`refine.Search`, `local_model.linearise`).
+        deployed: measure the last few maps in the mode of the deployment, which may need a prefill for each.
     """
 
     needles: int
@@ -57,6 +58,7 @@ class Workload:
     lengths: tuple[int, ...]
     singles: int
     search_sketches: int
+    deployed: bool
 
 
 _LARGE = 10**9
@@ -78,6 +80,7 @@ def workload(device: torch.device, context: int, samples: int | None, parameters
             needles=n, texts=max(1, n * 3 // 5), held_needles=max(1, n * 4 // 5), held_texts=max(1, n * 2 // 5),
             rows=64, text_sketches=8, needle_sketches=4, gate_steps=32, batch=1,
             search_needles=0, search_texts=0, rounds=2, lengths=(2, 6, 16), singles=2, search_sketches=1,
+            deployed=False,
         )  # fmt: skip
     large = parameters >= _LARGE
     n = (24 if large else 40) if samples is None else samples
@@ -89,7 +92,7 @@ def workload(device: torch.device, context: int, samples: int | None, parameters
         batch=max(1, min(24, 49_152 // context)),
         search_needles=n if large else 3 * n, search_texts=half if large else 3 * half,
         rounds=3 if large else 8, lengths=(1, 2, 4, 8, 16) if large else wide, singles=8 if large else 24,
-        search_sketches=2 if large else 4,
+        search_sketches=2 if large else 4, deployed=True,
     )  # fmt: skip
 
 
