@@ -56,6 +56,7 @@ def store_urls(request) -> list[Any]:
         urls.append([f"valkey://127.0.0.1:{server.port}", {}])
     with contextlib.suppress(pytest.skip.Exception):
         pool = request.getfixturevalue("mooncake_pool")
+        pool.member._connected()  # it is its memory that the pool has
         options = {"admin_port": pool.admin_port, "segment_bytes": 0, "buffer_bytes": 16 << 20}
         urls.append([pool.url, options])
     return urls
