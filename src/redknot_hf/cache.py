@@ -737,8 +737,8 @@ class RedKnotCache(Cache):
     def __del__(self) -> None:
         # forks share the pool: a dropped cache must give its pages back to it
         for layer in self.__dict__.get("layers", ()):
-            if isinstance(layer, RedKnotLayer) and layer.pages is not None:
-                layer.pages.free()
+            if isinstance(layer, RedKnotLayer):
+                layer.let_go()
 
     def __repr__(self) -> str:
         kinds = "all global" if self.profile is None else repr(self.profile)

@@ -534,6 +534,12 @@ class RedKnotLayer(CacheLayerMixin):
             self.is_initialized = False
             del self.batch_size
 
+    def let_go(self) -> None:
+        """The cache is gone: give pages and memory back, even if a chunk that was never stored still refers to the layer."""
+        if self.pages is not None:
+            self.pages.free()
+        self.pages, self.kernel, self.pending = None, None, None
+
     def set_rollback(self, rollback: int) -> None:
         self.rollback = rollback
         if self.pages is not None:

@@ -304,6 +304,11 @@ class StaticRedKnotLayer(RedKnotLayer):
             self.state.push(0, np.zeros(self.batch_size), np.zeros(self.batch_size))
             self.state.decoding = False
 
+    def let_go(self) -> None:
+        super().let_go()
+        self.__dict__.pop("k_pages", None)
+        self.__dict__.pop("v_pages", None)
+
     def fork(self, cache: RedKnotCache) -> StaticRedKnotLayer:
         twin = super().fork(cache)
         assert isinstance(twin, StaticRedKnotLayer)

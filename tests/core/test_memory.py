@@ -23,6 +23,7 @@ from core_models import (
 )
 
 from redknot_hf import HeadProfile, RedKnotCache
+from redknot_hf.errors import PoolExhausted
 from redknot_hf.layer import Handle
 from redknot_hf.paging.pool import PagePool
 
@@ -174,6 +175,31 @@ def test_a_cache_frees_its_slabs_without_the_collector(llama):
     try:
         cache.reset()
         assert all(slab() is None for slab in slabs)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("limit", [None, 100])
+def test_a_cache_that_ran_out_of_memory_frees_its_slabs_without_the_collector(llama, limit, monkeypatch):
+    """Who catches the error and tries a smaller batch must find the memory free."""
+    slabs = []
+    make = PagePool._slab
+
+    def slab(pool, *args):
+        if len(slabs) == 4:
+            raise torch.OutOfMemoryError("no more")
+        slabs.append(weakref.ref(new := make(pool, *args)))
+        return new
+
+    monkeypatch.setattr(PagePool, "_slab", slab)
+    gc.collect()
+    gc.disable()
+    try:
+        cache = mixed_cache(llama, max_cache_len=limit)
+        with pytest.raises((PoolExhausted, torch.OutOfMemoryError)):
+            forward(llama, tokens(40), cache)
+        del cache
+        assert len(slabs) == 4 and all(ref() is None for ref in slabs)
     finally:
         gc.enable()
 

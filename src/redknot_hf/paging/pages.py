@@ -209,8 +209,11 @@ class LayerPages:
         """Extend the runs of the heads that keep everything, in place where the next pages are free."""
         full, batch = self.full_heads, self.batch_size
         part = self.table[:, full]
-        if have.all():
-            column = np.arange(part.shape[2])
+        column = np.arange(part.shape[2])
+        broken = (np.diff(part, axis=2) != 1) & (
+            column[1:] < have[..., None]
+        )  # by copies made while others shared pages
+        if have.all() and not broken.any():
             missing = (column >= have[..., None]) & (column < need[..., None])
             last = np.take_along_axis(part, have[..., None] - 1, axis=2)
             wanted = (last + 1 + column - have[..., None])[missing]
