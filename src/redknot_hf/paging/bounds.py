@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .pages import LayerPages
+from .pool import upload
 
 __all__ = ["PageBounds", "pick_pages", "upper_bounds"]
 
@@ -47,11 +48,11 @@ class PageBounds:
         held = pages.table[touched].astype(np.int64)
         filled = np.minimum(pages.lens[:, None] - column * size, size)
         filled = np.broadcast_to(filled[:, None], pages.table.shape)[touched]
-        keys = pool.k.index_select(0, torch.from_numpy(held).to(pool.k.device))
-        behind = torch.from_numpy(np.arange(size) >= filled[:, None]).to(keys.device)[..., None]
+        keys = pool.k.index_select(0, upload(held, pool.k.device))
+        behind = upload(np.arange(size) >= filled[:, None], keys.device)[..., None]
         # a slot behind the end repeats the first key of its page, which is always there
         keys = torch.where(behind, keys[:, :1], keys)
-        where = torch.from_numpy(held).to(self.low.device)
+        where = upload(held, self.low.device)
         self.low.index_copy_(0, where, keys.amin(1).to(self.low.device))
         self.high.index_copy_(0, where, keys.amax(1).to(self.high.device))
 

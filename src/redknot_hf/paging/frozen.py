@@ -26,6 +26,7 @@ import torch
 
 from ..errors import CacheError, RedKnotError, shorten
 from .pages import LayerPages, live_slots
+from .pool import upload
 
 __all__ = ["KV_DTYPES", "FrozenPages", "FrozenRows", "freeze", "kv_dtype_of"]
 
@@ -97,7 +98,7 @@ class FrozenRows:
             return self
         counts = self.counts(numbers)
         rows = _ranges(self.start[numbers - 1], counts, self.k.device)
-        which = torch.from_numpy(numbers.astype(np.int64) - 1).to(self.k.device)
+        which = upload(numbers.astype(np.int64) - 1, self.k.device)
         halves = [_raw(half)[rows].view(half.dtype) for half in (self.k, self.v)]
         scales = [None if scale is None else scale[which] for scale in (self.k_scale, self.v_scale)]
         start = np.concatenate([[0], np.cumsum(counts)])
@@ -124,11 +125,11 @@ class FrozenRows:
         first = self.start[numbers - 1]
         if not whole:
             offset = np.arange(page_size)
-            inside = torch.from_numpy(offset < counts[:, None]).to(self.k.device)[..., None]
+            inside = upload(offset < counts[:, None], self.k.device)[..., None]
             rows = torch.from_numpy((first[:, None] + np.minimum(offset, counts[:, None] - 1)).ravel())
         else:
             rows = torch.from_numpy(first // page_size)  # full pages come first: they are aligned
-        rows, which = rows.to(self.k.device), torch.from_numpy(numbers - 1).to(self.k.device)
+        rows, which = rows.to(self.k.device), upload(numbers - 1, self.k.device)
         halves = []
         for half, scale in ((self.k, self.k_scale), (self.v, self.v_scale)):
             raw = _raw(half)
@@ -149,7 +150,7 @@ class FrozenRows:
         A slot behind a page's rows gives its last row: mask it.
         """
         row = self.start[numbers - 1] + np.minimum(offsets, self.counts(numbers) - 1)
-        index, which = (torch.from_numpy(part).to(self.k.device) for part in (row, numbers - 1))
+        index, which = (upload(part, self.k.device) for part in (row, numbers - 1))
         halves = []
         for half, scale in ((self.k, self.k_scale), (self.v, self.v_scale)):
             raw = _raw(half)
@@ -234,7 +235,7 @@ class FrozenPages(LayerPages):
     def _fill(self, pages: np.ndarray, numbers: np.ndarray) -> None:
         for begin in range(0, len(pages), PIECE_PAGES):
             part = slice(begin, begin + PIECE_PAGES)
-            index = torch.from_numpy(pages[part].astype(np.int64)).to(self.pool.k.device)
+            index = upload(pages[part].astype(np.int64), self.pool.k.device)
             k, v = self.store.read(numbers[part], self.pool.page_size, self.pool.k.dtype)
             self.pool.k.index_copy_(0, index, k)
             self.pool.v.index_copy_(0, index, v)
@@ -258,7 +259,7 @@ class FrozenPages(LayerPages):
             where = np.flatnonzero(numbers)
             offsets = np.broadcast_to(slot % size, numbers.shape).ravel()[where]
             found = self.store.rows(numbers.ravel()[where].astype(np.int64), offsets, k.dtype)
-            index = torch.from_numpy(where).to(k.device)
+            index = upload(where, k.device)
             for half, rows in zip((k, v), found, strict=True):
                 half.view(-1, half.shape[3]).index_copy_(0, index, rows)
         return k, v
@@ -274,8 +275,8 @@ class FrozenPages(LayerPages):
         halves = self.store.read(numbers[cold], size, pool.k.dtype)
         if len(cold) < len(numbers):
             hot = np.flatnonzero(numbers == 0)
-            own = torch.from_numpy(self.table[:, heads, :count].ravel()[hot].astype(np.int64)).to(pool.k.device)
-            into_hot, into_cold = (torch.from_numpy(index).to(pool.k.device) for index in (hot, cold))
+            own = upload(self.table[:, heads, :count].ravel()[hot].astype(np.int64), pool.k.device)
+            into_hot, into_cold = (upload(index, pool.k.device) for index in (hot, cold))
             mixed = []
             for slab, found in zip((pool.k, pool.v), halves, strict=True):
                 whole = slab.new_empty(len(numbers), *slab.shape[1:])
@@ -424,13 +425,13 @@ def _store(
             ]
             if scale is not None:
                 old_scale = (old.k_scale, old.v_scale)[which]
-                into = torch.from_numpy(number_of[: len(kept)]).to(device)
-                scale[into] = old_scale[torch.from_numpy(kept - 1).to(device)]  # type: ignore[index]
+                into = upload(number_of[: len(kept)], device)
+                scale[into] = old_scale[upload(kept - 1, device)]  # type: ignore[index]
         for begin in range(0, len(held), PIECE_PAGES):
             part = slice(begin, begin + PIECE_PAGES)
             into = number_of[len(kept) :][part]
-            chunk = slab.index_select(0, torch.from_numpy(held[part].astype(np.int64)).to(device))
-            inside = torch.from_numpy(np.arange(pool.page_size) < counts[part][:, None]).to(device)
+            chunk = slab.index_select(0, upload(held[part].astype(np.int64), device))
+            inside = upload(np.arange(pool.page_size) < counts[part][:, None], device)
             if kv_dtype is not None:
                 chunk, found = _quantised(chunk.float(), inside, kv_dtype)
                 if not bool(torch.isfinite(found).all()):
@@ -438,7 +439,7 @@ def _store(
                         f"{name}: some {('keys', 'values')[which]} are not finite, so they cannot be kept in {kv_dtype}"
                     )
                 assert scale is not None
-                scale[torch.from_numpy(into).to(device)] = found
+                scale[upload(into, device)] = found
             raw[_ranges(start[into], counts[part], device)] = chunk[inside]
         halves.append(rows)
         scales.append(scale)
@@ -465,4 +466,4 @@ def _ranges(first: np.ndarray, counts: np.ndarray, device: torch.device) -> torc
     """The numbers ``first[i] ... first[i] + counts[i] - 1`` of every i, one after the other."""
     ends = np.cumsum(counts)
     steps = np.arange(int(ends[-1]) if len(ends) else 0)
-    return torch.from_numpy(np.repeat(first - (ends - counts), counts) + steps).to(device)
+    return upload(np.repeat(first - (ends - counts), counts) + steps, device)

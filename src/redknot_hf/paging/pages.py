@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..errors import RollbackExceeded
-from .pool import PagePool
+from .pool import PagePool, upload
 
 KEEP_ALL = 1 << 30  # window and ring length of a head that keeps every token
 ROOM_FOR_GROWTH = 8  # a contiguous run gets one spare page per eight
@@ -321,19 +321,19 @@ class LayerPages:
             torch.from_numpy(heads[head]),
             torch.from_numpy(positions[column] - self.lens[batch]),
         )
-        index = torch.from_numpy(rows).to(self.pool.k.device)
+        index = upload(rows, self.pool.k.device)
         for slab, chunk in ((self.pool.k, k), (self.pool.v, v)):
             slab.view(-1, slab.shape[2]).index_copy_(0, index, chunk[source].to(slab.dtype))
 
     def _scatter(self, rows: np.ndarray, k: torch.Tensor, v: torch.Tensor) -> None:
-        index = torch.from_numpy(rows.ravel()).to(self.pool.k.device)
+        index = upload(rows.ravel(), self.pool.k.device)
         for slab, chunk in ((self.pool.k, k), (self.pool.v, v)):
             slab.view(-1, slab.shape[2]).index_copy_(0, index, chunk.reshape(-1, slab.shape[2]).to(slab.dtype))
 
     def gather(self, positions: np.ndarray, heads: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values at ``positions`` (``[batch, n]``) of ``heads``: two ``[batch, h, n, dim]`` copies."""
         rows = self.rows(positions, heads)
-        index = torch.from_numpy(rows.ravel()).to(self.pool.k.device)
+        index = upload(rows.ravel(), self.pool.k.device)
         shape = (*rows.shape, -1)
         return (
             self.pool.k.view(-1, self.pool.k.shape[2]).index_select(0, index).view(shape),
@@ -505,7 +505,7 @@ class LayerPages:
         rows = rows[np.broadcast_to((column < removed[:, None])[:, None], rows.shape)]
         rows = rows[rows >= self.pool.page_size]  # the others' pages have been given back
         if len(rows):
-            index = torch.from_numpy(np.unique(rows)).to(self.pool.k.device)
+            index = upload(np.unique(rows), self.pool.k.device)
             with self.pool.lock:
                 for slab in (self.pool.k, self.pool.v):
                     slab.view(-1, slab.shape[2]).index_fill_(0, index, 0)
@@ -539,8 +539,8 @@ class LayerPages:
         at = positions[:, None]
         keep = np.where(is_recent, at >= self.oldest[:, heads, None], at < self.sink[heads][:, None])
         keep &= at < self.lens[:, None, None]
-        index = torch.from_numpy(self.rows(positions, heads)[keep]).to(self.pool.k.device)
-        chosen = torch.from_numpy(keep).to(self.pool.k.device)
+        index = upload(self.rows(positions, heads)[keep], self.pool.k.device)
+        chosen = upload(keep, self.pool.k.device)
         with self.pool.lock:
             for slab, rows in ((self.pool.k, k), (self.pool.v, v)):
                 slab.view(-1, slab.shape[2]).index_copy_(0, index, rows[chosen])

@@ -23,6 +23,11 @@ SPARE_TOKENS = 1024
 SPARE_SHARE = 8
 
 
+def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """``values`` on ``device``; the host does not wait for the device. (CUDA stages pageable memory before it returns.)"""
+    return torch.from_numpy(values).to(device, non_blocking=True)
+
+
 class PagePool:
     """Pages of one (device, dtype, head_dim).
 
@@ -178,7 +183,7 @@ class PagePool:
     def _take(self, pages: np.ndarray) -> np.ndarray:
         dirty = pages[self._used[pages]]
         if len(dirty):
-            index = torch.from_numpy(dirty.astype(np.int64)).to(self.k.device)
+            index = upload(dirty.astype(np.int64), self.k.device)
             self.k.index_fill_(0, index, 0)
             self.v.index_fill_(0, index, 0)
         self.refs[pages] = 1
@@ -206,7 +211,7 @@ class PagePool:
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy whole pages, keys and values."""
         with self.lock:
-            src = torch.from_numpy(source.astype(np.int64)).to(self.k.device)
-            dst = torch.from_numpy(target.astype(np.int64)).to(self.k.device)
+            src = upload(source.astype(np.int64), self.k.device)
+            dst = upload(target.astype(np.int64), self.k.device)
             self.k.index_copy_(0, dst, self.k.index_select(0, src))
             self.v.index_copy_(0, dst, self.v.index_select(0, src))

@@ -32,7 +32,7 @@ from ..errors import CacheError, PoolExhausted
 from . import torch_attention
 from .bounds import PageBounds, pick_pages, upper_bounds
 from .pages import KEEP_ALL, LayerPages
-from .pool import PagePool
+from .pool import PagePool, upload
 
 __all__ = ["ColdTier", "FarHeads", "FilePool", "HostPool", "TieredPages", "lost_tokens", "regrown", "rehoused"]
 
@@ -162,7 +162,7 @@ class FarHeads:
         """bool ``[heads, far pages]``; the first page is always read: it holds the attention sinks."""
         if self.pick is None:
             return np.ones(table.shape, bool)
-        index = torch.from_numpy(table).to(self.bounds.low.device)
+        index = upload(table, self.bounds.low.device)
         bounds = upper_bounds(q.to(index.device), self.bounds.low[index], self.bounds.high[index])
         chosen = pick_pages(bounds, scale, self.pick).cpu().numpy()
         chosen[:, 0] = True
@@ -183,7 +183,7 @@ class FarHeads:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, new: np.ndarray, spec: torch_attention.AttentionSpec
     ) -> torch.Tensor:
         """A chunk over the whole past and itself, like a global head. ``q [batch, heads, group, n, dim]``."""
-        index = torch.from_numpy(self.heads).to(k.device)
+        index = upload(self.heads, k.device)
         k, v = k.index_select(1, index), v.index_select(1, index)
         past = _Past(self.pages, self.rows_of_archive(), k.device)
         everyone = np.arange(len(self.heads))
@@ -205,9 +205,9 @@ class _Nearby:
         missing = numbers[~here]
         if len(missing) or len(numbers) != len(self.numbers):
             halves = far._fetch(missing[None], device) if len(missing) else (None, None)
-            into = torch.from_numpy(np.flatnonzero(here)).to(device)
-            kept = torch.from_numpy(np.searchsorted(self.numbers, numbers[here])).to(device)
-            fresh = torch.from_numpy(np.flatnonzero(~here)).to(device)
+            into = upload(np.flatnonzero(here), device)
+            kept = upload(np.searchsorted(self.numbers, numbers[here]), device)
+            fresh = upload(np.flatnonzero(~here), device)
             found = []
             for old, half in zip((self.k, self.v), halves, strict=True):
                 some = old if half is None else half
@@ -222,7 +222,7 @@ class _Nearby:
             self.numbers, self.k, self.v = numbers, found[0], found[1]
 
         def read(picked: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-            index = torch.from_numpy(np.searchsorted(self.numbers, picked.ravel())).to(device)
+            index = upload(np.searchsorted(self.numbers, picked.ravel()), device)
             assert self.k is not None and self.v is not None
             shape = (1, len(picked), picked.shape[1] * self.k.shape[1], -1)
             return self.k.index_select(0, index).view(shape), self.v.index_select(0, index).view(shape)
@@ -258,7 +258,7 @@ class _Past:
 
     def copies(self, heads: np.ndarray, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """As `LayerPages.copies`."""
-        index = torch.from_numpy(self.table[:, heads, :count].astype(np.int64).ravel()).to(self.pool.k.device)
+        index = upload(self.table[:, heads, :count].astype(np.int64).ravel(), self.pool.k.device)
         shape = (self.batch_size, len(heads), count * self.pool.page_size, -1)
         return self.pool.k.index_select(0, index).view(shape), self.pool.v.index_select(0, index).view(shape)
 
@@ -347,19 +347,20 @@ class TieredPages(LayerPages):
 
     def write(self, k: torch.Tensor, v: torch.Tensor, new: np.ndarray) -> None:
         super().write(k, v, new)
-        index = torch.from_numpy(self.archived).to(k.device)
+        index = upload(self.archived, k.device)
+        parts = [half.index_select(1, index) for half in (k, v)]
         self.settled(keep=1)
         if k.device.type != "cuda":
-            self._arriving.append(_Arriving(k.index_select(1, index), v.index_select(1, index), new, None))
+            self._arriving.append(_Arriving(parts[0], parts[1], new, None))
             return
         halves = []
         with _side_stream(k.device, wait_after=False):
-            for half in (k, v):
-                part = half.index_select(1, index)
-                half.record_stream(torch.cuda.current_stream(k.device))
+            side = torch.cuda.current_stream(k.device)
+            for part in parts:
+                part.record_stream(side)  # nobody waits: its memory must not be given away before it has been copied
                 host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
                 halves.append(host.copy_(part, non_blocking=True))
-            copied = torch.cuda.current_stream(k.device).record_event()
+            copied = side.record_event()
         self._arriving.append(_Arriving(halves[0], halves[1], new, copied))
 
     # ------------------------------------------------------------------------------------- rows of the batch, forks
@@ -469,8 +470,8 @@ def fill_slots(
     if not keep.any():
         return
     rows = source.rows(positions, source_heads)[keep]
-    index = torch.from_numpy(rows).to(source.pool.k.device)
-    into = torch.from_numpy(target.rows(positions, heads)[keep]).to(target.pool.k.device)
+    index = upload(rows, source.pool.k.device)
+    into = upload(target.rows(positions, heads)[keep], target.pool.k.device)
     with target.pool.lock:
         for slab, from_slab in ((target.pool.k, source.pool.k), (target.pool.v, source.pool.v)):
             found = from_slab.view(-1, from_slab.shape[2]).index_select(0, index)

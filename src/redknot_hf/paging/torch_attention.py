@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .pages import KEEP_ALL, LayerPages
+from .pool import upload
 
 BLOCK_ROWS = 1024  # query rows of one masked call: bounds the mask, not the result
 BAND_TOKENS = 16384  # query rows of one banded call: bounds the copies of keys and values
@@ -82,7 +83,7 @@ def _decode_full(pages: LayerPages, q: torch.Tensor, spec: AttentionSpec, heads:
         return torch.cat(outs)
     longest = int(pages.lens.max())
     k, v = _full_copies(pages, heads, longest)
-    seen = torch.from_numpy(np.arange(longest) < pages.lens[:, None]).to(q.device)
+    seen = upload(np.arange(longest) < pages.lens[:, None], q.device)
     return _attend(q, k, v, seen[:, None, None], spec, heads, q.shape[2])
 
 
@@ -104,7 +105,7 @@ def _decode_ring(pages: LayerPages, q: torch.Tensor, spec: AttentionSpec, heads:
     wrapped = last - (last - slot) % ring  # the newest position that falls into this slot
     position = np.where((slot < sink) | (last < sink + ring), slot, wrapped)
     seen = (slot < stored[..., None]) & visible(last, position, sink, pages.window[heads][:, None], spec.model_window)
-    return _attend(q, k, v, torch.from_numpy(seen[:, :, None]).to(q.device), spec, heads, q.shape[2])
+    return _attend(q, k, v, upload(seen[:, :, None], q.device), spec, heads, q.shape[2])
 
 
 def visible(query: np.ndarray, key: np.ndarray, sink: np.ndarray, window: np.ndarray, model_window: int) -> np.ndarray:
@@ -198,7 +199,7 @@ def _prefill_full(
         block = slice(begin, min(begin + BLOCK_ROWS, length))
         reach = start + block.stop if uniform else keys.shape[2]
         seen = visible(query_pos[:, block, None], key_pos[:, None, :reach], np.array(0), everything, 0)
-        mask = torch.from_numpy(seen[:, None]).to(q.device)
+        mask = upload(seen[:, None], q.device)
         outs.append(_attend_grouped(q[:, :, :, block], keys[:, :, :reach], values[:, :, :reach], mask, spec, heads))
     return torch.cat(outs, 3) if len(outs) > 1 else outs[0]
 
@@ -216,7 +217,7 @@ def _prefill_ring(
     """Local heads of one (sink, window): the last ``window - 1`` stored tokens, the sinks and the chunk."""
     past, length = pages.lens, q.shape[3]
     sink, window = int(pages.sink[heads[0]]), int(pages.window[heads[0]])
-    index = torch.from_numpy(heads).to(k.device)
+    index = upload(heads, k.device)
     k, v = k.index_select(1, index), v.index_select(1, index)
     reach = min(window - 1, int(past.max()))
     recent = past[:, None] - reach + np.arange(reach)
@@ -226,7 +227,7 @@ def _prefill_ring(
     if reach:
         old_k, old_v = pages.gather(recent, heads)
         if (recent < 0).any():  # rows with a shorter past: whatever was read there must at least be finite
-            gone = torch.from_numpy(recent < 0).to(k.device)[:, None, :, None]
+            gone = upload(recent < 0, k.device)[:, None, :, None]
             old_k, old_v = old_k.masked_fill(gone, 0), old_v.masked_fill(gone, 0)
         keys, values = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
     else:
@@ -245,7 +246,7 @@ def _prefill_ring(
             end = reach + rows.stop
             positions = np.concatenate([sink_pos, key_pos[:, :end]], 1)[:, None]
             seen = visible(query_pos[:, rows, None], positions, np.array(sink), np.array(window), spec.model_window)
-            mask = torch.from_numpy(seen[:, None]).to(q.device)
+            mask = upload(seen[:, None], q.device)
             both_k, both_v = torch.cat([sink_k, keys[:, :, :end]], 2), torch.cat([sink_v, values[:, :, :end]], 2)
             outs.append(_attend_grouped(q[:, :, :, rows], both_k, both_v, mask, spec, heads))
         return torch.cat(outs, 3) if len(outs) > 1 else outs[0]
@@ -264,13 +265,13 @@ def _sink_keys(
     """Keys, values and positions of the sinks, from the pages where stored and else from the chunk; -1 if not yet seen."""
     stored = sinks < past[:, None]
     column = np.clip(sinks - past[:, None], 0, k.shape[2] - 1)
-    where = torch.from_numpy(column).to(k.device)[:, None, :, None]
+    where = upload(column, k.device)[:, None, :, None]
     fresh_k = k.gather(2, where.expand(-1, k.shape[1], -1, k.shape[3]))
     fresh_v = v.gather(2, where.expand(-1, v.shape[1], -1, v.shape[3]))
     position = np.where(sinks < (past + new)[:, None], sinks, -1)
     if stored.any():
         old_k, old_v = pages.gather(sinks, heads)
-        old = torch.from_numpy(stored).to(k.device)[:, None, :, None]
+        old = upload(stored, k.device)[:, None, :, None]
         fresh_k, fresh_v = torch.where(old, old_k, fresh_k), torch.where(old, old_v, fresh_v)
     return fresh_k, fresh_v, position
 
@@ -317,7 +318,7 @@ def _banded(
         positions = np.concatenate([far, near], 2)[:, :, None]
         rows = query_pos[:, part].reshape(len(query_pos), count, block, 1)
         seen = visible(rows, positions, np.array(spec_rows), np.array(window), spec.model_window)
-        mask = torch.from_numpy(seen).to(q.device)
+        mask = upload(seen, q.device)
         mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
         tile = q[:, :, :, part].unflatten(3, (count, block)).permute(0, 3, 1, 2, 4, 5).flatten(0, 1)
         out = _attend_grouped(tile, band_k.flatten(0, 1), band_v.flatten(0, 1), mask, spec, heads)
@@ -358,7 +359,7 @@ def masked(
             seen &= key > query - spec.model_window
         mine = _pick(grouped, heads, pages.num_heads)
         keys, values = _pick(k, heads, pages.num_heads), _pick(v, heads, pages.num_heads)
-        mask = pattern & torch.from_numpy(seen[:, None]).to(pattern.device)
+        mask = pattern & upload(seen[:, None], pattern.device)
         parts.append((heads, _attend_grouped(mine, keys, values, mask, spec, heads)))
     return _join(parts, pages.num_heads).flatten(1, 2).transpose(1, 2).contiguous()
 
@@ -388,7 +389,7 @@ def _attend(
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale)
     aux = None
     if spec.s_aux is not None:
-        index = torch.from_numpy(heads).to(spec.s_aux.device)
+        index = upload(heads, spec.s_aux.device)
         aux = spec.s_aux.float().view(-1, group)[index].to(q.device).repeat_interleave(q.shape[2] // group, 1)
     step = max(1, SCORE_ELEMENTS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     keys, values = k.float().transpose(2, 3), v.float()
@@ -415,7 +416,7 @@ def _attend(
 
 
 def _pick(x: torch.Tensor, heads: np.ndarray, num_heads: int) -> torch.Tensor:
-    return x if len(heads) == num_heads else x.index_select(1, torch.from_numpy(heads).to(x.device))
+    return x if len(heads) == num_heads else x.index_select(1, upload(heads, x.device))
 
 
 def _join(parts: list[tuple[np.ndarray, torch.Tensor]], num_heads: int) -> torch.Tensor:
@@ -425,5 +426,5 @@ def _join(parts: list[tuple[np.ndarray, torch.Tensor]], num_heads: int) -> torch
     first = parts[0][1]
     out = first.new_empty((first.shape[0], num_heads, *first.shape[2:]))
     for heads, part in parts:
-        out.index_copy_(1, torch.from_numpy(heads).to(out.device), part)
+        out.index_copy_(1, upload(heads, out.device), part)
     return out
