@@ -107,7 +107,7 @@ class Fetcher:
             root = self._agree_on_root(last=attempt == ATTEMPTS - 1)
             if root is None:
                 continue
-            self._compare_weights(root)
+            self._compare_model(root)
             cache, problem, error = None, "", None
             try:
                 cache = self._build(root)
@@ -161,7 +161,12 @@ class Fetcher:
         changed = now is not None and now.edition != root.edition
         return any(self.ranks.exchange(changed)) if self.ranks.connected else changed
 
-    def _compare_weights(self, root: Root) -> None:
+    def _compare_model(self, root: Root) -> None:
+        if root.config != config_digest(self.config):
+            raise CacheError(
+                f"what is published under {shorten(self.key)} was made with another model than "
+                f"{getattr(self.config, '_name_or_path', '') or type(self.config).__name__!r}"
+            )
         if self.model is None or root.weights is None or (self.ranks.size > 1 and not self.ranks.connected):
             return
         if weights_digest(self.model, self.ranks) != root.weights:
@@ -175,11 +180,6 @@ class Fetcher:
         """The cache of this rank; nothing outside it has changed if this fails."""
         from ..cache import RedKnotCache
 
-        if root.config != config_digest(self.config):
-            raise CacheError(
-                f"what is published under {shorten(self.key)} was made with another model than "
-                f"{getattr(self.config, '_name_or_path', '') or type(self.config).__name__!r}"
-            )
         profile = HeadProfile.all_global(self.config) if root.profile is None else root.profile
         share = dict(tp_rank=self.ranks.rank, tp_size=self.ranks.size)
         cache = RedKnotCache(self.config, profile, **{**root.options, **self.options}, **share)
