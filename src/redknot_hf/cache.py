@@ -756,7 +756,8 @@ class RedKnotCache(Cache):
         stores: dict[int, Any] = {}
         nearby = 0
         for layer in self.layers:
-            pages = layer.pages if isinstance(layer, RedKnotLayer) else None
+            # Any: a layer that sleeps has something else in the place of its pages
+            pages: Any = layer.pages if isinstance(layer, RedKnotLayer) else None
             if pages is None:
                 live_heads.append([])
                 ideal_heads.append([])

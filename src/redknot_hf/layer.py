@@ -556,7 +556,7 @@ class RedKnotLayer(CacheLayerMixin):
         twin.__dict__.update(self.__dict__)
         twin.cache, twin.pending = cache, None
         twin.pages = self.pages.fork() if self.pages is not None else None
-        twin.kernel = kernel_path.KernelLayer(twin.pages) if self.kernel is not None else None
+        twin.kernel = kernel_path.KernelLayer(twin.pages) if twin.pages is not None and self.kernel is not None else None
         return twin
 
     # the base class's own batch, crop and reorder methods work on dense tensors; RedKnotCache handles these for all layers
@@ -588,18 +588,18 @@ class RedKnotLayer(CacheLayerMixin):
         return k.masked_fill_(gone, 0), v.masked_fill_(gone, 0)
 
     @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+    def keys(self) -> torch.Tensor | None:
         """A dense copy of the keys, ``[batch, kv_heads, seen, dim]``, for tools that look inside; None when empty."""
         return self._dense_half(0)
-
-    @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """A dense copy of the values, like `keys`."""
-        return self._dense_half(1)
 
     @keys.setter
     def keys(self, given: Any) -> None:
         self._refuse_tensor(given)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """A dense copy of the values, like `keys`."""
+        return self._dense_half(1)
 
     @values.setter
     def values(self, given: Any) -> None:

@@ -107,6 +107,7 @@ class SpliceLayer(CacheLayerMixin):
         slots = views[0].shape[2]
         readable = k.device.type == "cpu" or (slots % PAGE == 0 and all(x.is_contiguous() for x in views))
         if slots < self.cache.length or not readable:
+            assert layer.pages is not None  # lay_out made them
             layer.pages.free()
             return None
         return views
@@ -117,6 +118,7 @@ class SpliceLayer(CacheLayerMixin):
             assert self.k is not None and self.v is not None
             self.k, self.v, self.in_place = self.k.clone(), self.v.clone(), False
             target = self.cache.target.paged_layers[self.index]
+            assert target.pages is not None
             target.pages.free()
             target.pages, target.kernel = None, None
 
