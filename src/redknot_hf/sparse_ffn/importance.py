@@ -10,6 +10,7 @@ sliding window, softcap and attention sinks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,29 @@ from ..masks import RedKnotMask
 from ..paging.pages import KEEP_ALL
 from ..segments.rows import RowSet, attention_weights
 
-__all__ = ["attention_call_mass", "last_rows", "received_mass", "splice_call_mass"]
+__all__ = ["Geometry", "attention_call_mass", "last_rows", "received_mass", "splice_call_mass", "upload"]
 
 SCORES = 1 << 26  # elements of one fp32 score matrix
 LOWEST = torch.finfo(torch.float32).min  # not -inf: a query that sees nothing must not become NaN
+
+
+def upload(x: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array on the device, without waiting for what the device is doing."""
+    host = torch.from_numpy(np.ascontiguousarray(x))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+class Geometry:
+    """Positions and visibility that the layers of one forward share, by what they follow from."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+
+    def of(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make()`` returned for this key."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
 
 def received_mass(
@@ -48,7 +68,9 @@ def received_mass(
         fp32 ``[batch, keys]``.
     """
     batch, kv_heads, keys, _ = k.shape
-    grouped = (q.float() * scale).unflatten(1, (kv_heads, -1))
+    # scores from 16-bit products are rounded once more, which ranks rows no worse than the model's own rounding
+    dtype = q.dtype if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) else torch.float32
+    grouped = q.to(dtype).unflatten(1, (kv_heads, -1))
     group, n = grouped.shape[2:4]
     asks = seen.any(-1)  # a query that sees nothing is padding
     if counts is not None:
@@ -59,7 +81,8 @@ def received_mass(
     total = q.new_zeros(batch, keys, dtype=torch.float32)
     for first in range(0, kv_heads, at_once):
         heads = slice(first, first + at_once)
-        scores = (grouped[:, heads].flatten(2, 3) @ k[:, heads].float().transpose(2, 3)).unflatten(2, (group, n))
+        scores = (grouped[:, heads].flatten(2, 3) @ k[:, heads].to(dtype).transpose(2, 3)).float().mul_(scale)
+        scores = scores.unflatten(2, (group, n))
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
         scores.masked_fill_((hidden if hidden.shape[1] == 1 else hidden[:, heads])[:, :, None], LOWEST)
@@ -102,6 +125,7 @@ def attention_call_mass(
     real: torch.Tensor | None,
     count: int,
     past: int,
+    geometry: Geometry | None = None,
 ) -> torch.Tensor | None:
     """Mass that this forward's rows receive from its last queries, from one call of the attention function.
 
@@ -111,6 +135,7 @@ def attention_call_mass(
         real: bool ``[batch, n]``, or None without padding.
         count: queries that count, from the end.
         past: tokens (padding counted) that the cache held before this forward.
+        geometry: of the forward, if several of its layers are asked.
 
     Returns:
         fp32 ``[batch, n]``; None where the call does not tell (keys of another sequence, cold pages).
@@ -120,7 +145,7 @@ def attention_call_mass(
     last = query[:, :, rows] if isinstance(rows, slice) else _take_rows(query, rows)
     handle = getattr(key, HANDLE, None)
     if handle is not None:
-        found = _paged(handle, key, mask, sliding_window, rows, real)
+        found = _paged(handle, key, mask, sliding_window, rows, real, geometry or Geometry())
         if found is None:
             return None
         keys, seen = found
@@ -170,6 +195,7 @@ def _paged(
     sliding_window: int | None,
     rows: torch.Tensor | slice,
     real: torch.Tensor | None,
+    geometry: Geometry,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Keys (stored ones, then the chunk's) and visibility ``[batch, kv_heads, count, keys]`` for a `RedKnotCache`."""
     layer = handle.layer
@@ -183,30 +209,39 @@ def _paged(
     if longest and layer.cache.tier is not None:
         return None  # far keys may be cold
     keys = key
-    held = torch.arange(longest, device=device)
-    old = torch.from_numpy(past).to(device)
     if longest:
         keys = torch.cat([pages.gather(np.arange(longest), np.arange(heads))[0].to(key.dtype), key], 2)
-    if real is None:
-        if (past == longest).all():
-            old = old[:1]  # one line of positions for all sequences
-        fresh = old[:, None] + torch.arange(n, device=device)
-    else:
-        fresh = torch.where(real, old[:, None] + real.cumsum(1) - 1, -1)
-    position = torch.cat([torch.where(held < old[:, None], held, -1), fresh], 1).int()  # of every key, -1 for none
-    mine = (fresh[:, rows] if isinstance(rows, slice) else fresh.gather(1, rows)).int()
-    p, j = mine[:, None, :, None], position[:, None, None]
-    seen = j <= p
-    if real is not None or longest:
-        seen &= j >= 0
+
+    def positions() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        held = torch.arange(longest, device=device)
+        if real is None and (past == longest).all():
+            old: Any = torch.full((1,), longest, device=device)  # one line of positions for all sequences
+        else:
+            old = upload(past, device)
+        if real is None:
+            fresh = old[:, None] + torch.arange(n, device=device)
+        else:
+            fresh = torch.where(real, old[:, None] + real.cumsum(1) - 1, -1)
+        position = torch.cat([torch.where(held < old[:, None], held, -1), fresh], 1).int()  # of every key, -1 for none
+        mine = (fresh[:, rows] if isinstance(rows, slice) else fresh.gather(1, rows)).int()
+        p, j = mine[:, None, :, None], position[:, None, None]
+        seen = j <= p
+        return p, j, seen & (j >= 0) if real is not None or longest else seen
+
+    place = (device, n, past.tobytes())
+    p, j, seen = geometry.of(place, positions)
     sink, window = np.asarray(layer.sink, np.int64), np.asarray(layer.window, np.int64)
     if (window < KEEP_ALL).any() and not (layer.cache.prefill == "full" and step.start == 0):
-        s = torch.from_numpy(sink).int().to(device)[:, None, None]
-        w = torch.from_numpy(window).int().to(device)[:, None, None]
-        seen = seen & ((j < s) | (j > p - w))
+
+        def windowed() -> torch.Tensor:
+            s = upload(sink.astype(np.int32), device)[:, None, None]
+            w = upload(window.astype(np.int32), device)[:, None, None]
+            return seen & ((j < s) | (j > p - w))
+
+        seen = geometry.of((*place, sink.tobytes(), window.tobytes()), windowed)
     model_window = sliding_window or layer.model_window
     if model_window:
-        seen &= j > p - model_window
+        seen = seen & (j > p - model_window)
     if mask is not None and not (isinstance(mask, RedKnotMask) and mask.is_causal):
         pattern = _ordinary(key, mask, n, rows, 0)
         if pattern is None or longest:

@@ -17,7 +17,7 @@ from .. import compat
 from ..masks import RedKnotMask
 from ..segments.rows import RowSet
 from ..segments.splice import Observer, SpliceCache, SpliceLayer
-from .importance import attention_call_mass, splice_call_mass
+from .importance import Geometry, attention_call_mass, splice_call_mass, upload
 from .schedule import Band, SparseFFNSchedule
 from .selection import select_rows
 from .structure import first_of, gathered_rows
@@ -125,6 +125,7 @@ class Run:
         self.schedule, self.rules, self.observed, self.rows = schedule, rules, observed, rows
         self.query_tokens, self.boundaries, self.count = query_tokens, boundaries, count
         self.received: torch.Tensor | None = None
+        self._geometry = Geometry()
         self.attention_output: torch.Tensor | None = None
         self.input: torch.Tensor | None = None
         self.previous_input: torch.Tensor | None = None
@@ -156,7 +157,17 @@ class Run:
         real = None if rows.real is None else rows.real.to(query.device)  # layers may lie on several devices
         with torch.no_grad():
             self.received = attention_call_mass(
-                query, key, mask, scale, softcap, s_aux, sliding_window, real, self._queries(), rows.past
+                query,
+                key,
+                mask,
+                scale,
+                softcap,
+                s_aux,
+                sliding_window,
+                real,
+                self._queries(),
+                rows.past,
+                self._geometry,
             )
 
     def see_splice(self, layer: SpliceLayer, rows: RowSet, query: torch.Tensor, spec: Any) -> None:
@@ -188,7 +199,7 @@ class Run:
             few, *gathered_rows(args, index, (batch, rows)), **gathered_rows(kwargs, index, (batch, rows))
         )
         result = first_of(output)
-        whole = result.new_zeros(batch * rows, result.shape[-1]).index_copy(0, index, result.flatten(0, 1))
+        whole = result.new_zeros(batch * rows, result.shape[-1]).index_copy_(0, index, result.flatten(0, 1))
         whole = whole.unflatten(0, (batch, rows))
         return whole if output is result else type(output)([whole, *output[1:]])
 
@@ -242,20 +253,27 @@ class Run:
                 mask = torch.from_numpy(always).to(device).expand(batch, -1)
                 self._always = (key, mask, int(always.sum()))
             else:
-                mask = self._always_in_prompt(device)
-                counts = mask.sum(1).unique() if self.rows.real is None else mask.sum(1)[:0]
-                self._always = (key, mask, int(counts[0]) if len(counts) == 1 else None)
+                self._always = (key, *self._always_in_prompt(device))
         return self._always[1], self._always[2]
 
-    def _always_in_prompt(self, device: torch.device) -> torch.Tensor:
-        rows, schedule = self.rows, self.schedule
+    def _always_in_prompt(self, device: torch.device) -> tuple[torch.Tensor, int | None]:
+        rows = self.rows
+        if rows.real is None and rows.past_real is None:  # one line for all sequences, counted without the device
+            order = np.arange(rows.count)
+            line = self._passes(order + rows.past, order, rows.count)
+            return upload(line, device).expand(rows.batch, -1), int(line.sum())
         if rows.real is None:
             order = torch.arange(rows.count, device=device).expand(rows.batch, -1)
-            total = torch.full((rows.batch, 1), rows.count, device=device)
+            total: Any = rows.count
         else:
             order = rows.real.to(device).cumsum(1) - 1
             total = order[:, -1:] + 1
-        position = order + (rows.past if rows.past_real is None else rows.past_real.to(device)[:, None])
+        past = rows.past if rows.past_real is None else rows.past_real.to(device)[:, None]
+        return self._passes(order + past, order, total), None
+
+    def _passes(self, position: Any, order: Any, total: Any) -> Any:
+        """Which rows always pass: ``position`` in the request, ``order`` among ``total`` real rows of the forward."""
+        schedule = self.schedule
         always = (position < schedule.sink) | (order >= total - max(schedule.recent, self.query_tokens))
         for start in self.boundaries:
             always |= (position >= start) & (position < start + schedule.boundary)
