@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .launching import cdiv, launch, power_of_2
 from .tiles import device_of, strides
 
 
@@ -99,12 +100,15 @@ def append(
     v_dim, page_size = v.shape[3], k_pages.shape[1]
     block_t = 1 if columns == 1 else 64  # a variant for decode, one for chunks
     hopper = device_of(k.device).hopper
-    _append_kernel[(triton.cdiv(columns, block_t), kv_heads, batch)](
+    args = (
         k, v, k_pages, v_pages, block_table, seq_lens, sink, ring, q_start, q_len,
         None if cos is None else cos.contiguous(), None if sin is None else sin.contiguous(),
         *strides(k), *strides(v), block_table.stride(0), block_table.stride(1), columns,
-        D=head_dim, DV=v_dim, BD=triton.next_power_of_2(head_dim), BDV=triton.next_power_of_2(v_dim), PAGE=page_size,
-        BLOCK_T=block_t, PADDED=q_start is not None, ROTARY=0 if cos is None else 2 * cos.shape[1],
-        INTERLEAVED=interleaved, PDL=hopper, num_warps=1 if block_t == 1 else 4, **({"launch_pdl": True} if hopper else
-        {}),
     )  # fmt: skip
+    constants = {
+        "D": head_dim, "DV": v_dim, "BD": power_of_2(head_dim), "BDV": power_of_2(v_dim), "PAGE": page_size,
+        "BLOCK_T": block_t, "PADDED": q_start is not None, "ROTARY": 0 if cos is None else 2 * cos.shape[1],
+        "INTERLEAVED": interleaved, "PDL": hopper,
+    }  # fmt: skip
+    options = {"num_warps": 1 if block_t == 1 else 4} | ({"launch_pdl": True} if hopper else {})
+    launch(_append_kernel, (cdiv(columns, block_t), kv_heads, batch), args, constants, options)

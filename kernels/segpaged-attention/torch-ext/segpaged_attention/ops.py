@@ -16,6 +16,7 @@ No function synchronises with the host. Lengths are read on the device, so a cap
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -331,15 +332,37 @@ def _check_queries(q: Tensor, k_pages: Tensor, block_table: Tensor, s_aux: Tenso
 
 def _why_not(q: Tensor, k_pages: Tensor, v_pages: Tensor, group: int) -> str | None:
     """Why the kernels cannot serve these arguments, or None."""
-    if not support.is_available(q.device):
-        return f"{torch.cuda.get_device_name(q.device)}: the kernels need an NVIDIA GPU from Ampere on, and triton"
-    if q.dtype != k_pages.dtype:
-        return f"queries are {q.dtype} but pages are {k_pages.dtype}"
-    for head_dim in (k_pages.shape[2], v_pages.shape[2]):
-        reason = support.supported(head_dim, k_pages.dtype, k_pages.shape[1], group)
+    _, page_size, head_dim = k_pages.shape
+    return _reason(q.device, q.dtype, k_pages.dtype, page_size, head_dim, v_pages.shape[2], group)
+
+
+@functools.lru_cache(maxsize=256)
+def _reason(
+    device: torch.device, q: torch.dtype, pages: torch.dtype, page_size: int, head_dim: int, v_dim: int, group: int
+) -> str | None:
+    if not support.is_available(device):
+        return f"{torch.cuda.get_device_name(device)}: the kernels need an NVIDIA GPU from Ampere on, and triton"
+    if q != pages:
+        return f"queries are {q} but pages are {pages}"
+    for dim in (head_dim, v_dim):
+        reason = support.supported(dim, pages, page_size, group)
         if reason is not None:
             return reason
     return None
+
+
+@functools.cache
+def _launcher(kernel: str) -> Callable[..., Any]:
+    """The function ``module:function`` of this package, imported when it is first launched."""
+    module, _, function = kernel.partition(":")
+    return getattr(importlib.import_module(f".{module}", __package__), function)
+
+
+def _does_not_fit(error: Exception) -> bool:
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
+
+    return isinstance(error, (CompilationError, OutOfResources))
 
 
 # Reference and kernels have the public functions' signatures. The dispatcher leaves out trailing arguments that equal
@@ -349,15 +372,12 @@ def _why_not(q: Tensor, k_pages: Tensor, v_pages: Tensor, group: int) -> str | N
 def _run(reason: str | None, kernel: str, fallback: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Launch `kernel` (module:function), or take the torch path and say why."""
     if reason is None:
-        module, _, function = kernel.partition(":")
-        launch = getattr(importlib.import_module(f".{module}", __package__), function)
-        from triton.compiler.errors import CompilationError
-        from triton.runtime.errors import OutOfResources
-
         try:
-            return launch(*args)
-        except (CompilationError, OutOfResources) as error:  # a GPU smaller than any we know of
-            reason = f"{function} does not fit this GPU: {error}"
+            return _launcher(kernel)(*args)
+        except Exception as error:
+            if not _does_not_fit(error):
+                raise
+            reason = f"{kernel.partition(':')[2]} does not fit this GPU: {error}"  # one smaller than any we know of
     support.warn_once(reason)
     return fallback(*args)
 
