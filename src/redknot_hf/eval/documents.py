@@ -55,7 +55,7 @@ def question_examples(maker: PromptMaker, questions: Sequence[Question], count: 
     if not questions:
         raise RedKnotError("task qa needs --data: a file or folder of questions with their documents")
     found: list[Example] = []
-    for number, question in enumerate(questions):
+    for number in range(len(questions)):
         if len(found) == count:
             break
         example = _question_example(maker, questions, number, len(found))

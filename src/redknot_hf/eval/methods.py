@@ -127,9 +127,8 @@ def shuffled(profile: HeadProfile, seed: int | str) -> HeadProfile:
     cells = [(l, h) for l in profile.attention_layers for h in range(profile.num_kv_heads)]
     order = list(cells)
     random.Random(f"map-{seed}").shuffle(order)
-    classes, sinks, windows = (
-        [list(row) for row in rows] for rows in (profile.head_class, profile.sink, profile.window)
-    )
+    classes = [list(row) for row in profile.head_class]
+    sinks, windows = [list(row) for row in profile.sink], [list(row) for row in profile.window]
     for (l, h), (from_l, from_h) in zip(cells, order, strict=True):
         classes[l][h] = profile.head_class[from_l][from_h]
         sinks[l][h] = profile.sink[from_l][from_h]

@@ -6,6 +6,7 @@ tracking). Keys are made of two words, values are numbers of seven digits, as th
 
 from __future__ import annotations
 
+import itertools
 import random
 import string
 
@@ -95,7 +96,7 @@ def variable_tracking(maker: PromptMaker, index: int, hops: int = 4) -> Example:
     rng = maker.rng("vt", index)
     names = ["".join(rng.choices(string.ascii_uppercase, k=5)) for _ in range(hops + 1)]
     value = str(rng.randint(10_000, 99_999))
-    lines = [f"VAR {names[0]} = {value}."] + [f"VAR {b} = VAR {a}." for a, b in zip(names, names[1:], strict=False)]
+    lines = [f"VAR {names[0]} = {value}."] + [f"VAR {b} = VAR {a}." for a, b in itertools.pairwise(names)]
     depths = sorted(0.95 * rng.random() for _ in lines)  # a variable is assigned before it is used
     context, opening = maker.haystack(
         "Keep track of the variables that are assigned in the following text.\n\n",

@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import RedKnotError
 from ..heads.profiler.texts import make_prose
 
-__all__ = ["Example", "Frame", "Haystack", "NOISE", "PromptMaker", "common_words"]
+__all__ = ["NOISE", "Example", "Frame", "Haystack", "PromptMaker", "common_words"]
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 """The filler of passkey retrieval (Mohtashami & Jaggi 2023, arXiv 2305.16300), which RULER takes over."""

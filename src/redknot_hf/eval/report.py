@@ -152,9 +152,9 @@ def plot(entries: Sequence[dict[str, Any]], path: str | Path, title: str = "") -
                     continue
                 x = group + (place - (len(methods) - 1) / 2) * 0.8 / len(methods)
                 height = entry["value"]
-                error = [[height - entry["low"]], [entry["high"] - height]]
+                spread = [[height - entry["low"]], [entry["high"] - height]]
                 axis.bar(
-                    x, height, 0.8 / len(methods), color=_COLOURS[method], yerr=error, ecolor="#888888",
+                    x, height, 0.8 / len(methods), color=_COLOURS[method], yerr=spread, ecolor="#888888",
                     error_kw={"lw": 0.8}, label=method if group == 0 else None,
                 )  # fmt: skip
         axis.set_title(TASKS[name].title, fontsize=10)
