@@ -309,6 +309,12 @@ class StaticRedKnotLayer(RedKnotLayer):
         self.__dict__.pop("k_pages", None)
         self.__dict__.pop("v_pages", None)
 
+    def let_go(self) -> None:
+        """Drop the memory for good: the layer is not used again."""
+        for name in ("k_pages", "v_pages", "block_table", "sink_slots", "window_slots", "ring_slots"):
+            self.__dict__.pop(name, None)
+        self.state = None
+
     def fork(self, cache: RedKnotCache) -> StaticRedKnotLayer:
         twin = super().fork(cache)
         assert isinstance(twin, StaticRedKnotLayer)

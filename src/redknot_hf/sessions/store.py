@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheError, PoolExhausted, RedKnotError, shorten
 from ..layer import RedKnotLayer
+from ..paging.frozen import FrozenPages
+from ..paging.pages import LayerPages
+from ..static import StaticRedKnotLayer
 from .container import TEMPORARY
 from .files import describe, load_session, save_session
 from .sleep import offload_cache, prefetch_cache, sleeping_layers
@@ -44,7 +47,7 @@ class StoreReport:
     """What a store holds.
 
     Attributes:
-        device_bytes: slabs of the pools of all sessions on the device, in use or idle, each pool counted once.
+        device_bytes: slabs and frozen pages of all sessions on the device, in use or idle; what forks share counts once.
         host_bytes: keys and values in host memory.
         disk_bytes: sizes of the files.
         device, host, disk: keys in each tier, longest idle first; in_use: keys handed out and not yet put back.
@@ -294,8 +297,15 @@ class SessionStore:
         return (session.cache for session in self._sessions.values() if session.cache is not None)
 
     def _on_device(self) -> int:
-        pools = {id(pool): pool for cache in self._caches() for pool in cache._pools.values()}
-        return sum(pool.allocated_bytes for pool in pools.values())
+        held: dict[int, int] = {}  # what forks share counts once
+        for cache in self._caches():
+            held.update((id(pool), pool.allocated_bytes) for pool in cache._pools.values())
+            for pages in (layer.pages for layer in cache.paged_layers):
+                if isinstance(pages, LayerPages):  # the static form has pools of its own
+                    held[id(pages.pool)] = pages.pool.allocated_bytes
+                if isinstance(pages, FrozenPages):
+                    held[id(pages.store)] = pages.store.nbytes
+        return sum(held.values())
 
     def _on_host(self) -> int:
         return sum(pages.host_bytes for cache in self._caches() for pages in sleeping_layers(cache))
@@ -360,7 +370,9 @@ class SessionStore:
         for layer in cache.layers:
             if isinstance(layer, RedKnotLayer):
                 gone = _Surrendered(session.key)
-                layer.pages, layer.update = gone, gone.refuse  # type: ignore[assignment]
+                layer.pages, layer.update, layer.kernel = gone, gone.refuse, None  # type: ignore[assignment]
+                if isinstance(layer, StaticRedKnotLayer):
+                    layer.let_go()
 
     def _bring(self, session: _Session) -> None:
         """Onto the device; a full device is retried after everything idle has left it."""
