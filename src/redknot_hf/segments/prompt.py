@@ -306,6 +306,7 @@ class SegmentedPrompt:
             found[name].tier = "computed"  # type: ignore[union-attr]
         clock.mark("capture")
 
+        row = ids[None].to(self.device)  # before the GPU has work that an upload would wait for
         places, at = [], 0
         for key in keys:
             places.append(Place(at, found[key.hex]))  # type: ignore[arg-type]
@@ -314,7 +315,7 @@ class SegmentedPrompt:
         target = self.new_cache()
         cache = SpliceCache(target, length, in_place=True)
         loader = Loader(cache, places, self.relocator, relocate)
-        view = self._view(cache, ids, places, exact, at, ratios)
+        view = self._view(cache, ids, row, places, exact, at, ratios)
 
         self._run_dense_heads(view)
         chosen = Choice(np.zeros(0, np.int64), np.zeros(length, bool))
@@ -336,7 +337,6 @@ class SegmentedPrompt:
         clock.mark("verify")
 
         account = self._account(view, chosen, keys, places, exact, hits, ratios, selector, relocate, loader, clock)
-        row = ids[None].to(self.device)
         return SplicedPrompt(dict(input_ids=row, attention_mask=torch.ones_like(row), past_key_values=target), account)
 
     def _resolve(self, segment: Tokens) -> SegmentKey:
@@ -372,6 +372,7 @@ class SegmentedPrompt:
         self,
         cache: SpliceCache,
         ids: torch.Tensor,
+        row: torch.Tensor,
         places: list[Place],
         exact: list[bool],
         at: int,
@@ -386,7 +387,7 @@ class SegmentedPrompt:
         budget = min(len(eligible), int(np.ceil(ratios[0] * rows)))
         if ratios[0] == 1:
             budget = len(eligible)
-        return PromptView(self.model, cache, ids, documents, eligible, np.arange(at, len(ids)), budget)
+        return PromptView(self.model, cache, ids, row, documents, eligible, np.arange(at, len(ids)), budget)
 
     def _run_dense_heads(self, view: PromptView) -> None:
         """Heads of class "dense" are never reused: their layers, and all before them, run over every row."""
@@ -403,7 +404,7 @@ class SegmentedPrompt:
         positions = np.union1d(chosen.ranked, query)
         partial = chosen.partial[positions] & np.isin(positions, chosen.ranked)
         rows = RowSet(positions, self.device, partial)
-        ids = view.ids[positions][None].to(self.device)
+        ids = view.row[:, rows.positions]
         asks = int(view.query[0]) if len(view.query) else end
         view.cache.layout = Layout(tuple(start for start, _ in view.spans), asks)
         at: dict[int, Callable[[RowSet], np.ndarray]] = {}

@@ -49,7 +49,7 @@ class PromptView:
     """What a selector may look at.
 
     Attributes:
-        ids: int64 ``[N]``, the prompt's tokens, on the host.
+        ids: int64 ``[N]``, the prompt's tokens, on the host; row: the same ``[1, N]`` on the model's device.
         spans: ``(start, stop)`` of each segment.
         eligible: positions that are reused inexactly, ascending: the only ones that can be chosen.
         query: positions of the query, the last one included.
@@ -61,6 +61,7 @@ class PromptView:
     model: torch.nn.Module
     cache: SpliceCache
     ids: torch.Tensor
+    row: torch.Tensor
     spans: list[tuple[int, int]]
     eligible: np.ndarray
     query: np.ndarray
@@ -81,8 +82,8 @@ class PromptView:
 
     def run(self, positions: np.ndarray, observer: Observer | None = None) -> None:
         """Compute these rows in all layers."""
-        rows = RowSet(positions, next(self.model.parameters()).device)
-        forward_rows(self.model, self.cache, self.ids[positions][None].to(rows.device), rows, observer)
+        rows = RowSet(positions, self.row.device)
+        forward_rows(self.model, self.cache, self.row[:, rows.positions], rows, observer)
 
     def run_early_layers(self, last: int, observer: Observer | None = None) -> None:
         """Compute every row that is not exact in layers ``0 ... last`` and stop there.

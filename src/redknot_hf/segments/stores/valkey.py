@@ -22,6 +22,7 @@ from redknot_hf.errors import MissingExtraError, RedKnotError, shorten
 from redknot_hf.segments.codec import CorruptEntry, SegmentEntry
 from redknot_hf.segments.stores.base import BytesStore, Flags
 from redknot_hf.segments.stores.types import GcReport, StoreFull, StoreRecord, StoreUnavailable
+from redknot_hf.segments.stores.valkey_bulk import read_values
 
 __all__ = ["ValkeyStore"]
 
@@ -106,7 +107,7 @@ class ValkeyStore(BytesStore):
         return self._load_many([name])[0]
 
     def _fetch(self, names: Sequence[str], attempts: int) -> list[Any]:
-        """All manifests in one round trip, all pieces in a second one."""
+        """All manifests in one round trip, the sizes of all pieces in a second, the pieces in a third."""
         raw = self._client.mget([self._manifest(name) for name in names])
         results: list[Any] = [None] * len(names)
         wanted: list[tuple[int, dict[str, Any]]] = []
@@ -122,19 +123,26 @@ class ValkeyStore(BytesStore):
         with self._client.pipeline(transaction=False) as pipe:
             for i, manifest in wanted:
                 for piece in self._pieces(names[i], manifest):
-                    pipe.get(piece)
-            answers = pipe.execute()
-        torn = []
-        for i, manifest in wanted:
-            pieces, answers = answers[: manifest["pieces"]], answers[manifest["pieces"] :]
-            got = sum(len(p) for p in pieces if p is not None)
-            if any(p is None for p in pieces):
+                    pipe.strlen(piece)
+            lengths = pipe.execute()
+        torn, whole = [], []
+        for i, manifest in wanted:  # memory is taken for what is there, not for what a manifest says
+            sizes, lengths = lengths[: manifest["pieces"]], lengths[manifest["pieces"] :]
+            if not all(sizes):
                 torn.append(i)
                 results[i] = CorruptEntry("some of its pieces are gone")
-            elif got != manifest["bytes"]:
-                results[i] = CorruptEntry(f"truncated: {got} of {manifest['bytes']} bytes")
+            elif sum(sizes) != manifest["bytes"]:
+                results[i] = CorruptEntry(f"truncated: {sum(sizes)} of {manifest['bytes']} bytes")
             else:
-                results[i] = _join(pieces)
+                whole.append((i, manifest))
+        pieces = [self._pieces(names[i], manifest) for i, manifest in whole]
+        for (i, _), value in zip(
+            whole, read_values(self._client, pieces, [manifest["bytes"] for _, manifest in whole]), strict=True
+        ):
+            results[i] = value
+            if value is None:
+                torn.append(i)
+                results[i] = CorruptEntry("some of its pieces are gone")
         if torn and attempts > 1:
             # Most likely replaced between the two round trips; the new manifest tells.
             for i, item in zip(torn, self._fetch([names[i] for i in torn], attempts=attempts - 1), strict=True):
@@ -262,13 +270,3 @@ def _cut(parts: Sequence[memoryview], size: int) -> Iterable[bytes]:
                 pending, held = [], 0
     if held:
         yield b"".join(pending)
-
-
-def _join(pieces: Sequence[bytes]) -> bytearray:
-    """One writable buffer; each piece is given back as soon as it is copied."""
-    buffer = bytearray(sum(len(p) for p in pieces))
-    position = 0
-    for piece in pieces:
-        buffer[position : position + len(piece)] = piece
-        position += len(piece)
-    return buffer
