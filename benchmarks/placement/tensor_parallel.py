@@ -13,6 +13,8 @@ What is measured, one JSON line per row in DIR/rows.jsonl, written at once:
     decode   milliseconds per token over a cache filled with random keys and values, eager and (--graph) as a CUDA graph;
              the slowest rank counts
     prefill  milliseconds for a prompt of that length
+    transfer a prompt's cache published to a store (--store) by all ranks and fetched again: seconds, bytes against dense,
+             and the same tokens afterwards
     bytes    keys and values on every rank, read from the caches, with the heads where the model has them and after
              place_heads
 """
@@ -40,6 +42,7 @@ from transformers.distributed import DistributedConfig
 import redknot_hf
 from redknot_hf import HeadProfile, RedKnotCache
 from redknot_hf.attention import HANDLE
+from redknot_hf.distributed import fetch, publish
 from redknot_hf.heads.order import set_config_order
 from redknot_hf.placement import place_heads
 
@@ -339,6 +342,34 @@ class Bench:
             release()
         delattr(self.model.config, "redknot_head_order")
 
+    def transfer(self, context: int) -> None:
+        """Publish what a prompt left, fetch it again, and go on from both."""
+        release()
+        device = self.ranks.device
+        ids = torch.randint(1, self.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(4)).to(
+            device
+        )
+        mask = torch.ones_like(ids)
+        cache = self.cache("RedKnotCache 1/8")
+        first = self.model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=1, do_sample=False)
+        self.ranks.wait()
+        begin = time.perf_counter()
+        sent = publish(cache, self.args.store, "benchmark", tokens=first)
+        self.ranks.wait()
+        middle = time.perf_counter()
+        found = fetch(self.args.store, "benchmark", self.model)
+        self.ranks.wait()
+        end = time.perf_counter()
+        texts = [
+            self.model.generate(
+                **found.inputs, past_key_values=each, max_new_tokens=16, do_sample=False, pad_token_id=0
+            ).cpu()
+            for each in (cache, found.cache)
+        ]
+        self.note(part="transfer", context=context, publish_s=round(middle - begin, 3), fetch_s=round(end - middle, 3),
+                  nbytes=sent.nbytes, nbytes_per_rank=sent.nbytes_per_rank, dense_nbytes=sent.dense_nbytes,
+                  cells=sent.cells, same_tokens=bool(torch.equal(*texts)))  # fmt: skip
+
     # ------------------------------------------------------------------------------------------------- all of it
     def main(self) -> None:
         args, ranks = self.args, self.ranks
@@ -369,6 +400,8 @@ class Bench:
             for context in map(int, args.prefill.split(",")):
                 for kind in ("RedKnotCache 1/8", "DynamicCache"):
                     self.prefill(kind, context)
+        if "transfer" in parts:
+            self.transfer(int(args.prefill.split(",")[0]))
         if "graph" in parts and ranks.cuda:
             for batch, context in cases:
                 self.graph(batch, context)
@@ -400,11 +433,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
     parser.add_argument("--fp32-layers", type=int, default=4, help="layers of the fp32 equality model; 0 to skip it")
-    parser.add_argument("--parts", default="equal,decode,bytes,prefill", help="of equal, decode, bytes, prefill, graph")
+    parser.add_argument("--parts", default="equal,decode,bytes,prefill", help="of those above, and graph")
     parser.add_argument("--cases", default="1x8192,1x131072,8x32768", help="batch x context, comma separated")
     parser.add_argument("--prefill", default="32768", help="prompt lengths, comma separated")
     parser.add_argument("--steps", type=int, default=8, help="decode steps per timed run")
     parser.add_argument("--reference", help="folder for the results of one process that several are compared with")
+    parser.add_argument("--store", default="file:///tmp/redknot-transfer", help="URL for the part transfer")
     parser.add_argument("--out", required=True)
     return parser.parse_args()
 
