@@ -1,12 +1,13 @@
 """Restoring a saved session against computing it again, and the bytes of a compressed prefix, on the CPU.
 
-    python benchmarks/sessions/restore.py --model PATH --tokens 8192 --out benchmarks/results/sessions
+    python benchmarks/sessions/restore.py --tokens 8192 --threads 2 --out benchmarks/results/cpu
 
 One prompt of real text is fed to a `RedKnotCache`, saved, offloaded, loaded and prefetched; each way is timed
 ``--rounds`` times and the median is reported. The restored cache must give the very tokens of the original. Loading
 reads a file that was just written, so it comes from the page cache; ``--cold-read`` asks the system to forget it first.
 
-The second table needs no model: the live bytes of a compressed prefix at page 64 against the ragged ideal.
+The second table needs no weights: the bytes of a compressed prefix at page 64 against the ragged ideal (exactly the rows
+that each head keeps, in the dtype in which it keeps them), before and after `RedKnotCache.freeze`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main() -> int:
     )
     parser.add_argument("--cold-read", action="store_true", help="drop the file from the page cache before each load")
     parser.add_argument("--out", default=None, help="folder for restore.json")
+    parser.add_argument("--bytes-only", action="store_true", help="the second table alone")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
@@ -63,12 +65,12 @@ def main() -> int:
         "head_aware": HeadProfile.uniform(model.config, sink=4, window=252, global_heads=args.global_share),
     }
     results = {}
-    with torch.no_grad(), tempfile.TemporaryDirectory(dir=args.out and str(Path(args.out).parent)) as folder:
-        for name, profile in profiles.items():
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        for name, profile in ({} if args.bytes_only else profiles).items():
             results[name] = measure(model, profile, ids, Path(folder) / "session", args)
             print(name, json.dumps(results[name]), flush=True)
     report = {
-        "command": " ".join(sys.argv),
+        "command": command(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"cpu": cpu_name(), "threads": args.threads, "platform": platform.platform()},
         "versions": {
@@ -87,7 +89,12 @@ def main() -> int:
         folder = Path(args.out)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "restore.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report["compressed_prefix"]))
+    for row in report["compressed_prefix"]:
+        print(
+            f"{row['tokens']:6} tokens, {row['global_share']:.0%} global, {row['sink']} + {row['window']}, "
+            f"{row['kv_dtype'] or 'bfloat16'}: {row['live_bytes']:,} bytes, {row['above_ideal']:.2%} above the ideal "
+            f"({row['above_ideal_in_pages']:.2%} in whole pages), {row['live_bytes'] / row['dense_bytes']:.1%} of dense"
+        )
     return 0
 
 
@@ -128,6 +135,15 @@ def measure(model, profile, ids, path: Path, args) -> dict:
     }
 
 
+def command() -> str:
+    """How this was called, without the paths of this machine."""
+    words = sys.argv[1:]
+    hidden = {words.index(name) + 1 for name in ("--model",) if name in words}
+    return " ".join(
+        ["python benchmarks/sessions/restore.py", *("..." if i in hidden else w for i, w in enumerate(words))]
+    )
+
+
 def timed(into: list[float], call):
     start = time.perf_counter()
     result = call()
@@ -155,29 +171,37 @@ def forget(path: Path) -> None:
 
 
 def compressed_bytes(RedKnotCache, HeadProfile, config, torch) -> list[dict]:
-    """Live bytes against the ragged ideal at page 64, for the shape of ``config``."""
+    """Bytes of a compressed prefix against the ragged ideal at page 64, for the shape of ``config`` in bfloat16."""
     rows = []
     heads = config.num_key_value_heads
     dim = config.head_dim or config.hidden_size // config.num_attention_heads
     for tokens in (8192, 32768):
         keys = torch.zeros(1, heads, tokens, dim, dtype=torch.bfloat16)
-        for share, window in ((0.15, 252), (0.15, 256), (0.25, 252), (0.25, 256), (0.5, 256)):
-            profile = HeadProfile.uniform(config, sink=4, window=window, global_heads=share)
-            cache = RedKnotCache(config, profile, prefill="full")
-            cache.adopt(((keys, keys) for _ in range(config.num_hidden_layers)), tokens)
-            report = cache.memory_report()
-            rows.append(
-                {
-                    "tokens": tokens,
-                    "global_share": share,
-                    "sink": 4,
-                    "window": window,
-                    "live_bytes": report.live,
-                    "ideal_bytes": report.ideal,
-                    "dense_bytes": report.dense,
-                    "above_ideal": report.live / report.ideal - 1,
-                }
-            )
+        for share, sink, window in (
+            (0.15, 4, 252), (0.15, 4, 256), (0.15, 64, 256), (0.15, 64, 4096), (0.25, 4, 256), (0.5, 4, 256)
+        ):  # fmt: skip
+            for kv_dtype in (None, "int8", "fp8"):
+                profile = HeadProfile.uniform(config, sink=sink, window=window, global_heads=share)
+                cache = RedKnotCache(config, profile, prefill="full", kv_dtype=kv_dtype)
+                cache.adopt(((keys, keys) for _ in range(config.num_hidden_layers)), tokens)
+                paged = cache.memory_report()
+                cache.freeze()
+                report = cache.memory_report()
+                rows.append(
+                    {
+                        "tokens": tokens,
+                        "global_share": share,
+                        "sink": sink,
+                        "window": window,
+                        "kv_dtype": kv_dtype,
+                        "live_bytes": report.live,
+                        "allocated_bytes": report.allocated,
+                        "ideal_bytes": report.ideal,
+                        "dense_bytes": report.dense,
+                        "above_ideal": report.live / report.ideal - 1,
+                        "above_ideal_in_pages": paged.live / paged.ideal - 1,
+                    }
+                )
     return rows
 
 
