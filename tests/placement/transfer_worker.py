@@ -45,17 +45,16 @@ def prompt(length: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
 
 def prefill(model, profile, length: int = 200, **options) -> tuple[RedKnotCache, torch.Tensor]:
     """A cache of the prompt, and the ids with one more token."""
-    ids, mask = prompt(length)
+    ids, mask = (tensor.to(model.device) for tensor in prompt(length))
     cache = RedKnotCache(model.config, profile, **options)
     out = model.generate(ids, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=1)
     return cache, out
 
 
 def decode(model, cache, ids) -> torch.Tensor:
-    mask = torch.cat(
-        [prompt(cache.get_seq_length())[1], torch.ones(2, ids.shape[1] - cache.get_seq_length(), dtype=torch.int64)], 1
-    )
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    seen = cache.get_seq_length()
+    mask = torch.cat([prompt(seen)[1], torch.ones(2, ids.shape[1] - seen, dtype=torch.int64)], 1)
+    return model.generate(ids, attention_mask=mask.to(ids.device), past_key_values=cache, **GREEDY)
 
 
 def say(**what) -> None:

@@ -31,7 +31,10 @@ def weights_digest(model: torch.nn.Module, ranks: Ranks) -> str:
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if local.is_meta:
-            raise UnsupportedModel(f"model: the weight {name} is offloaded and cannot be compared; leave model out")
+            raise UnsupportedModel(
+                f"model: the weight {name} is offloaded and cannot be compared: leave out model (publish), or pass its "
+                "config and device (fetch)"
+            )
         bits = local.contiguous().view(_BITS.get(local.element_size(), torch.int8))
         if any(placement.is_shard() for placement in getattr(parameter, "placements", ())):
             sharded.append(len(found))
