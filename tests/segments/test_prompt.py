@@ -19,6 +19,7 @@ from redknot_hf.segments.prompt import SegmentedPrompt
 from redknot_hf.segments.select import Blend, Boundary, KVDeviation, QueryAttention
 from redknot_hf.segments.splice import SpliceCache
 from redknot_hf.segments.stores import SegmentStore
+from redknot_hf.segments.transfer import Upload
 
 EXACT = 3e-5
 _random = np.random.default_rng(3)
@@ -121,10 +122,10 @@ def test_m3_a_shifted_segment_is_what_the_model_computes_there(family, shift):
     prompt = prompt_of(model, header=[])
     ids = DOCUMENTS[1]
     ((_, entry),) = capture(model, prompt.new_cache, None, [ids])
-    (rows,) = unpack([entry], "cpu")
+    (rows,) = unpack([entry], Upload([entry], "cpu"))
     cache = SpliceCache(prompt.new_cache(), shift + len(ids) + 1)
     ((_, filler),) = capture(model, prompt.new_cache, None, [[3] * shift])
-    places = [Place(0, unpack([filler], "cpu")[0]), Place(shift, rows)]
+    places = [Place(0, unpack([filler], Upload([filler], "cpu"))[0]), Place(shift, rows)]
     loader = Loader(cache, places, prompt.relocator)
     for layer in cache.layers:  # every row, whatever a window would leave out
         layer.lazy_initialization(rows.key(layer.index)[None], rows.value(layer.index)[None])
@@ -198,7 +199,7 @@ def test_batched_capture_equals_one_by_one():
     model = tiny("gemma3")
     prompt = prompt_of(model, True)
     ((_, head),) = capture(model, prompt.new_cache, None, [HEADER])
-    (header,) = unpack([head], "cpu")
+    (header,) = unpack([head], Upload([head], "cpu"))
     documents = [_random.integers(2, 97, n).tolist() for n in (28, 30, 31, 29, 60, 3)]
     batched = dict(capture(model, prompt.new_cache, header, documents, 4096))
     for i, document in enumerate(documents):

@@ -1,19 +1,20 @@
 """Checksums that are computed while a prompt is being built from what they guard.
 
-Hashing gigabytes takes about as long as the forward of a GPU does, and neither needs the other. So entries are used as
-soon as they are read, several threads hash their bytes meanwhile, and a prompt is handed out only when every
-checksum has matched. If one has not, the prompt is built again without that entry.
+Reading and hashing gigabytes takes about as long as the forward of a GPU does. So entries are used as soon as they are
+there, several threads hash their bytes meanwhile, and a prompt is handed out only when every checksum has matched. If
+one has not, the prompt is built again without that entry.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from .codec import CorruptEntry, SegmentEntry
 from .keys import SegmentKey
+from .transfer import Upload
 
 __all__ = ["Checks"]
 
@@ -21,7 +22,7 @@ WORKERS = 16
 
 
 class Checks:
-    """The checksums of one build. Use as a context, which ends the threads.
+    """The checksums of one build. Use as a context, which ends threads and uploads.
 
     Attributes:
         distrusted: keys (hex) whose entries have failed: not to be read again in this build.
@@ -30,15 +31,19 @@ class Checks:
     def __init__(self) -> None:
         self.distrusted: set[str] = set()
         self._pool: ThreadPoolExecutor | None = None
+        self._uploads: list[Upload] = []
         self._running: list[tuple[SegmentKey, str, Future[None]]] = []
 
-    def start(self, entries: Iterable[tuple[SegmentKey, SegmentEntry]]) -> None:
-        """Begin to hash what has not been hashed."""
-        for key, entry in entries:
-            if entry.check is not None:
-                if self._pool is None:  # one processor is left to the thread that drives the GPU
-                    self._pool = ThreadPoolExecutor(max(1, min(WORKERS, (os.cpu_count() or 1) - 1)))
-                self._running.append((key, entry.tier, self._pool.submit(entry.check)))
+    def start(self, entries: Sequence[tuple[SegmentKey, SegmentEntry]], upload: Upload) -> None:
+        """Hash what has not been hashed; what goes to a GPU is hashed on its way."""
+        self._uploads.append(upload)
+        for (key, entry), verdict in zip(entries, upload.verdicts, strict=True):
+            if entry.check is not None and verdict is None:
+                if self._pool is None:
+                    self._pool = ThreadPoolExecutor(max(1, min(WORKERS, os.cpu_count() or 1)))
+                verdict = self._pool.submit(entry.check)
+            if verdict is not None:
+                self._running.append((key, entry.tier, verdict))
 
     def wait(self) -> None:
         """Until all are done, whatever they find."""
@@ -55,7 +60,9 @@ class Checks:
                 self.distrusted.add(key.hex)
             elif error is not None:
                 raise error
-        self._running = []
+        for upload in self._uploads:  # all of it is hashed
+            upload.close()
+        self._uploads, self._running = [], []
         return found
 
     def __enter__(self) -> Checks:
@@ -64,5 +71,7 @@ class Checks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for upload in self._uploads:
+            upload.close()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)

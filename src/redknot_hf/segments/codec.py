@@ -16,13 +16,12 @@ This module does not know what the tensors mean nor where the bytes are kept.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -30,11 +29,11 @@ import torch
 
 from redknot_hf.errors import RedKnotError, shorten
 
-__all__ = ["CorruptEntry", "SegmentEntry", "UnreadableEntry", "decode", "encode"]
+__all__ = ["PIECE_BYTES", "CorruptEntry", "PendingCheck", "SegmentEntry", "UnreadableEntry", "decode", "encode"]
 
 VERSION = 1
 MAX_HEADER_BYTES = 16 << 20
-_PIECE = 4 << 20
+PIECE_BYTES = 4 << 20  # of one leaf of the hash tree
 _ALIGN = 64
 _META = "redknot_segment"
 _DTYPES = {
@@ -65,6 +64,45 @@ class UnreadableEntry(RedKnotError):
 
 
 @dataclasses.dataclass
+class PendingCheck:
+    """The checksum of an entry's tensors that nobody has computed yet.
+
+    Call it, or hash the leaves elsewhere and `compare` them.
+
+    Attributes:
+        expected: what the entry says.
+        names, views: its tensors in their order, and their bytes.
+    """
+
+    expected: str
+    names: Sequence[str]
+    views: Sequence[memoryview]
+
+    def __call__(self) -> None:
+        """Hash everything on this thread.
+
+        Raises:
+            CorruptEntry: the bytes are damaged.
+        """
+        self.compare([self.leaf(piece) for piece in _pieces(self.views)])
+
+    @staticmethod
+    def leaf(piece: Any) -> bytes:
+        """The hash of one piece of `PIECE_BYTES` (the last one of a tensor is shorter)."""
+        return hashlib.sha256(piece).digest()
+
+    def first_leaf(self, name: str) -> int:
+        """The number of a tensor's first piece."""
+        before = self.views[: list(self.names).index(name)]
+        return sum(-(-view.nbytes // PIECE_BYTES) for view in before)
+
+    def compare(self, leaves: Iterable[bytes]) -> None:
+        """Raises `CorruptEntry` unless these are the hashes of all pieces in their order."""
+        if self.expected != _root(leaves):
+            raise CorruptEntry("the tensor bytes do not match their checksum")
+
+
+@dataclasses.dataclass
 class SegmentEntry:
     """What a store keeps for one segment: named tensors and a description.
 
@@ -91,7 +129,7 @@ class SegmentEntry:
     dtype: str = ""
     profile: str = ""
     tier: str = ""
-    check: Callable[[], None] | None = dataclasses.field(default=None, repr=False, compare=False)
+    check: PendingCheck | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -198,11 +236,10 @@ def decode(
     if key is not None and fields["key"] != key:
         raise CorruptEntry(f"the entry belongs to another key, {shorten(fields['key'])}")
     pieces = [view[data_start + begin : data_start + end] for _, _, _, begin, end in table]
-    check: Callable[[], None] | None = None
-    if verify == "full":
-        _check_data(fields["data"], pieces)
-    elif verify == "later":
-        check = functools.partial(_check_data, fields["data"], pieces, alone=True)
+    check = PendingCheck(fields["data"], [row[0] for row in table], pieces) if verify != "header" else None
+    if verify == "full" and check is not None:
+        check.compare(_leaves(pieces))
+        check = None
 
     if view.readonly:
         # torch has no read-only tensors, and writing through one to a bytes object is undefined: copy once.
@@ -219,11 +256,6 @@ def decode(
             raise CorruptEntry(f"tensor {shorten(name)}: {e}") from e
     del fields["data"], fields["version"]
     return SegmentEntry(tensors=tensors, check=check, **fields)
-
-
-def _check_data(expected: str, pieces: Sequence[memoryview], alone: bool = False) -> None:
-    if expected != _data_digest(pieces, alone):
-        raise CorruptEntry("the tensor bytes do not match their checksum")
 
 
 def _parse_header(view: memoryview) -> tuple[dict[str, Any], int]:
@@ -328,23 +360,30 @@ def _seal(fields: dict[str, Any], table: dict[str, Any], secret: bytes | None) -
     return digest.hexdigest()
 
 
-def _data_digest(views: Sequence[memoryview], alone: bool = False) -> str:
-    """Root of the hash tree over the tensors' bytes: SHA-256 of the SHA-256 of every 4 MiB piece of every tensor.
+def _data_digest(views: Sequence[memoryview]) -> str:
+    """Root of the hash tree over the tensors' bytes: SHA-256 of the SHA-256 of every 4 MiB piece of every tensor."""
+    return _root(_leaves(views))
 
-    On several threads, unless the caller hashes entries on ``alone`` threads of its own.
-    """
-    pieces = [view[i : i + _PIECE] for view in views for i in range(0, view.nbytes, _PIECE)]
+
+def _pieces(views: Sequence[memoryview]) -> list[memoryview]:
+    return [view[i : i + PIECE_BYTES] for view in views for i in range(0, view.nbytes, PIECE_BYTES)]
+
+
+def _leaves(views: Sequence[memoryview]) -> Iterable[bytes]:
+    return _map(PendingCheck.leaf, _pieces(views), sum(view.nbytes for view in views))
+
+
+def _root(leaves: Iterable[bytes]) -> str:
     root = hashlib.sha256(b"redknot-data-1")
-    leaves = map if alone else functools.partial(_map, sum(v.nbytes for v in views))
-    for leaf in leaves(lambda piece: hashlib.sha256(piece).digest(), pieces):
+    for leaf in leaves:
         root.update(leaf)
     return root.hexdigest()
 
 
-def _map(nbytes: int, function: Any, pieces: list[memoryview]) -> Iterable[bytes]:
+def _map(function: Any, pieces: list[memoryview], nbytes: int) -> Iterable[bytes]:
     """Map over pieces, on threads when there is enough to do (hashlib releases the GIL)."""
     workers = min(16, os.cpu_count() or 1, len(pieces))
-    if workers < 2 or nbytes < 2 * _PIECE:
+    if workers < 2 or nbytes < 2 * PIECE_BYTES:
         return map(function, pieces)
     # A pool of its own for each call: a module-wide one would be dead in a forked child.
     with ThreadPoolExecutor(workers) as pool:

@@ -17,7 +17,7 @@ import torch
 
 from ..errors import shorten
 from .codec import CorruptEntry, SegmentEntry
-from .transfer import to_device
+from .transfer import Upload
 
 __all__ = ["SegmentRows", "inspect", "pack", "unpack"]
 
@@ -31,9 +31,19 @@ class SegmentRows:
         start: position of the first token when the keys were computed.
         tier: the store that the entry came from; ``"computed"`` if it was made for this prompt.
         nbytes: of the entry.
+        upload: what brings the tensors to the GPU: a layer is there after ``upload.need(layer)``.
     """
 
-    def __init__(self, stacks: dict[str, torch.Tensor], groups: Sequence[int], start: int, tier: str, nbytes: int):
+    def __init__(
+        self,
+        stacks: dict[str, torch.Tensor],
+        groups: Sequence[int],
+        start: int,
+        tier: str,
+        nbytes: int,
+        upload: Upload | None = None,
+    ):
+        self.upload = upload
         self.stacks, self.start, self.tier, self.nbytes = stacks, start, tier, nbytes
         taken: dict[int, int] = {}
         self.where: list[tuple[int, int]] = []
@@ -77,12 +87,11 @@ def pack(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], start: in
     return SegmentEntry(tensors, num_tokens=keys[0].shape[1], start=start, extra={"groups": group_of})
 
 
-def unpack(entries: Sequence[SegmentEntry], device: torch.device | str) -> list[SegmentRows]:
-    """The rows of entries that `inspect` has passed, on ``device``."""
-    stacks = to_device([entry.tensors for entry in entries], device)
+def unpack(entries: Sequence[SegmentEntry], upload: Upload) -> list[SegmentRows]:
+    """The rows of entries that `inspect` has passed, as ``upload`` brings them."""
     return [
-        SegmentRows(found, entry.extra["groups"], entry.start, entry.tier, entry.nbytes)
-        for found, entry in zip(stacks, entries, strict=True)
+        SegmentRows(found, entry.extra["groups"], entry.start, entry.tier, entry.nbytes, upload)
+        for found, entry in zip(upload.stacks, entries, strict=True)
     ]
 
 

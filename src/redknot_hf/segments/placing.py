@@ -55,6 +55,7 @@ class Loader:
     def __init__(self, cache: SpliceCache, places: list[Place], relocator: Relocator, relocate: bool = True):
         self.cache, self.places, self.relocator = cache, places, relocator
         self.total = places[-1].stop if places else 0
+        self.uploads = list({id(p.rows.upload): p.rows.upload for p in places if p.rows.upload is not None}.values())
         source = [place.rows.start + np.arange(len(place.rows)) for place in places]
         self.source = np.concatenate(source) if source else np.zeros(0, np.int64)
         self.moves = relocate and bool((self.source != np.arange(self.total)).any())
@@ -81,6 +82,9 @@ class Loader:
         assert layer.k is not None
         if layer.index in self._whole:
             return
+        if layer.index not in self._started:
+            for upload in self.uploads:
+                upload.need(layer.index)
         on_gpu = place_kernel.available(layer.k.device)
         wanted, fresh = [], layer.index not in self._started
         self._started.add(layer.index)

@@ -43,6 +43,7 @@ from .rows import RowSet
 from .select import Choice, PromptView, Selector, choose, selector_of
 from .splice import Layout, SpliceCache, forward_rows, narrow_rows
 from .stores import SegmentStore
+from .transfer import Upload
 
 __all__ = ["DEFAULT_RATIO", "DEFAULT_SELECTOR", "SegmentedPrompt", "SplicedPrompt"]
 
@@ -123,7 +124,8 @@ class SegmentedPrompt:
         # one token tells the shapes that every entry must have
         _, probe = next(capture(model, self.new_cache, None, [[0]]))
         inspect(probe, len(first.layers), 1, 0, model.dtype)
-        self._shapes = unpack([probe], self.device)[0].shapes()
+        (rows,) = unpack([probe], Upload([probe], self.device).finish())
+        self._shapes = rows.shapes()
 
     def new_cache(self) -> RedKnotCache:
         """An empty cache as the builds hand out."""
@@ -208,7 +210,7 @@ class SegmentedPrompt:
             ((_, entry),) = capture(self.model, self.new_cache, None, [self.behind], self.batch_tokens)
             self.store.put(key, entry)
             entries[key.hex] = entry
-            (found,) = unpack([entry], self.device)
+            (found,) = unpack([entry], Upload([entry], self.device).finish())
         return found
 
     def _fetch(self, keys: Sequence[SegmentKey], checks: Checks | None = None) -> dict[str, SegmentRows | None]:
@@ -228,12 +230,14 @@ class SegmentedPrompt:
             except CorruptEntry as error:
                 logger.warning("%r: entry %s cannot be used: %s; computed anew", self.store, key.hex[:12], error)
                 self.store.delete(key)
+        entries = [entry for _, entry in usable]
+        upload = Upload(entries, self.device)
+        if checks is None:
+            upload.finish()
+        else:
+            checks.start(usable, upload)
         found: dict[str, SegmentRows | None] = dict.fromkeys(unique)
-        found.update(
-            zip((key.hex for key, _ in usable), unpack([entry for _, entry in usable], self.device), strict=True)
-        )
-        if checks is not None:
-            checks.start(usable)
+        found.update(zip((key.hex for key, _ in usable), unpack(entries, upload), strict=True))
         return found
 
     # -------------------------------------------------------------------------------------------------------- build
@@ -301,7 +305,7 @@ class SegmentedPrompt:
         missed.update(key.hex for key in missing)
         hits = found.keys() - missed
         for name, entry in self._compute(missing).items():
-            (found[name],) = unpack([entry], self.device)
+            (found[name],) = unpack([entry], Upload([entry], self.device).finish())
         for name in missed:  # by an earlier attempt, too, which has stored it
             found[name].tier = "computed"  # type: ignore[union-attr]
         clock.mark("capture")

@@ -1,0 +1,128 @@
+"""Uploads bring the first layers first, hash what they send, and say so when they fail. CUDA is a stand-in here; the
+real one is used in test_reuse_gpu.py."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from redknot_hf.segments import transfer
+from redknot_hf.segments.codec import PIECE_BYTES, CorruptEntry, SegmentEntry, decode, encode
+from redknot_hf.segments.transfer import Upload
+
+LAYERS, GROUPS = 6, [0, 1, 0, 0, 1, 0]
+KEY = "ab" * 32
+
+
+class _Event:
+    def record(self, stream: Any = None) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class _Stream:
+    def __init__(self, device: Any = None) -> None: ...
+    def wait_stream(self, other: Any) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(transfer, "_page_locked", lambda size: torch.empty(size, dtype=torch.uint8))
+    monkeypatch.setattr(transfer, "WORKERS", 3)
+    monkeypatch.setattr(transfer.os, "cpu_count", lambda: 4)
+    for name, value in {
+        "Event": _Event,
+        "Stream": _Stream,
+        "current_stream": lambda device=None: _Stream(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "device": lambda device: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def entry_of(seed: int, tokens: int) -> SegmentEntry:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        f"{part}.{group}": torch.randn(GROUPS.count(group), 2, tokens, dim, generator=generator)
+        for group, dim in ((0, 64), (1, 32))
+        for part in "kv"
+    }
+    return SegmentEntry(tensors, num_tokens=tokens, key=KEY, extra={"groups": GROUPS})
+
+
+def stored(entry: SegmentEntry, damage: bool = False) -> SegmentEntry:
+    raw = bytearray(b"".join(encode(entry)))
+    if damage:
+        raw[-5] ^= 1
+    return decode(raw, verify="later")
+
+
+# 0.4 MB in one piece per tensor; 21 MB in pieces that end inside a layer
+@pytest.mark.parametrize("tokens", [200, 10_300])
+def test_everything_arrives_and_is_hashed(tokens):
+    entries = [entry_of(i, tokens + i) for i in range(3)]
+    upload = Upload([stored(entry) for entry in entries], "cpu")
+    upload.need(LAYERS - 1)
+    for entry, stacks in zip(entries, upload.stacks, strict=True):
+        assert stacks.keys() == entry.tensors.keys()
+        for name, tensor in entry.tensors.items():
+            assert torch.equal(stacks[name], tensor)
+            assert stacks[name].data_ptr() != tensor.data_ptr()
+    for verdict in upload.verdicts:
+        assert verdict.exception(timeout=30) is None
+    upload.close()
+
+
+def test_damage_is_found_in_the_right_entry():
+    entries = [stored(entry_of(i, 10_300), damage=i == 1) for i in range(3)]
+    upload = Upload(entries, "cpu").finish()
+    found = [verdict.exception(timeout=30) for verdict in upload.verdicts]
+    assert [type(error) for error in found] == [type(None), CorruptEntry, type(None)]
+
+
+def test_the_first_layers_are_there_while_the_last_are_on_their_way(monkeypatch):
+    gate, sent = threading.Event(), []
+    copy = transfer.np.copyto
+
+    def slow(target, source):
+        sent.append(len(source))
+        if len(sent) > 6:
+            assert gate.wait(30)
+        copy(target, source)
+
+    monkeypatch.setattr(transfer.np, "copyto", slow)
+    entry = entry_of(0, 20_600)  # layers 0, 2, 3, 5 of 10.5 MB in each of k.0 and v.0
+    upload = Upload([stored(entry)], "cpu")
+    upload.need(0)
+    assert len(sent) < sum(-(-t.numel() * 4 // PIECE_BYTES) for t in entry.tensors.values())
+    for part in "kv":
+        assert torch.equal(upload.stacks[0][f"{part}.0"][0], entry.tensors[f"{part}.0"][0])
+    assert not torch.equal(upload.stacks[0]["k.0"][3], entry.tensors["k.0"][3])
+    gate.set()
+    upload.need(LAYERS - 1)
+    assert torch.equal(upload.stacks[0]["k.0"], entry.tensors["k.0"])
+    upload.close()
+
+
+def test_an_error_on_a_worker_reaches_who_waits(monkeypatch):
+    def fail(target, source):
+        raise OSError("gone")
+
+    monkeypatch.setattr(transfer.np, "copyto", fail)
+    upload = Upload([stored(entry_of(0, 200))], "cpu")
+    with pytest.raises(OSError, match="gone"):
+        upload.need(0)
+    assert isinstance(upload.verdicts[0].exception(timeout=30), OSError)
+    upload.close()
+
+
+def test_closing_early_ends_the_workers():
+    before = threading.active_count()
+    upload = Upload([stored(entry_of(i, 10_300)) for i in range(3)], "cpu")
+    upload.close()
+    upload.close()
+    assert threading.active_count() == before
