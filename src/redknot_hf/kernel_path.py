@@ -6,7 +6,9 @@ on the device. A decode step uploads nothing: the table goes up when it changes 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import segpaged_attention as ops
@@ -146,24 +148,32 @@ class KernelLayer:
         window, full = self.window, self.num_full
         if unwindowed:
             window, full = torch.full_like(window, KEEP_ALL), len(window)
-        return ops.prefill(
-            q,
-            k,
-            v,
-            pool.k,
-            pool.v,
-            self.table,
-            lengths.before,
-            self.sink,
-            window,
-            self.ring if not unwindowed else window,
-            spec.scale,
-            spec.softcap,
-            None if spec.s_aux is None else spec.s_aux.float(),
-            spec.model_window,
-            q_start=None if lengths.fed is None else torch.zeros_like(lengths.fed),
-            q_len=lengths.fed,
-            head_order=self.order,
-            num_global=full,
-            past_len_hint=past,
-        )
+        with _current(self.device):
+            return ops.prefill(
+                q,
+                k,
+                v,
+                pool.k,
+                pool.v,
+                self.table,
+                lengths.before,
+                self.sink,
+                window,
+                self.ring if not unwindowed else window,
+                spec.scale,
+                spec.softcap,
+                None if spec.s_aux is None else spec.s_aux.float(),
+                spec.model_window,
+                q_start=None if lengths.fed is None else torch.zeros_like(lengths.fed),
+                q_len=lengths.fed,
+                head_order=self.order,
+                num_global=full,
+                past_len_hint=past,
+            )
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make ``device`` the current one: triton launches there, and a model may be spread over several GPUs."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
