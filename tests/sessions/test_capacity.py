@@ -75,3 +75,27 @@ def test_the_printed_figure(monkeypatch, tmp_path, capsys):
     assert main(["show", str(tmp_path / "p.json"), *arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)["capacity"]["head_aware"]
     assert printed == fill(profile, 500, memory, 64, monkeypatch)[0]
+
+
+def test_the_weights_of_a_model_are_counted(smollm2, smollm2_path, monkeypatch, tmp_path, capsys):
+    """``--model``: the parameters as they are loaded, tied ones once, and sessions that fit into what they leave."""
+    model, _ = smollm2
+    profile = HeadProfile.uniform(model.config, sink=4, window=252, global_heads=0.25)
+    profile.save(tmp_path / "p.json")
+    context, memory = 2048, 1 << 30
+    arguments = ["show", str(tmp_path / "p.json"), "--model", str(smollm2_path), "--gpu-memory", "1GiB"]
+    assert main([*arguments, "--context", "2k", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)["capacity"]
+    weights = sum(parameter.numel() for parameter in model.parameters()) * 2  # its config says bfloat16
+    assert printed["weights"] == weights
+    left = int(0.9 * memory) - weights
+    assert printed["available"] == left
+    keys = torch.zeros(1, 3, context, 64, dtype=torch.bfloat16)
+    live = []
+    for given in (profile, HeadProfile.all_global(model.config)):
+        cache = RedKnotCache(model.config, given)
+        cache.adopt(((keys, keys) for _ in range(30)), context)
+        live.append(cache.memory_report())
+    assert [printed["head_aware_bytes"], printed["paged_bytes"]] == [report.live for report in live]
+    assert printed["head_aware"] == left // live[0].live > printed["paged"] == left // live[1].live
+    assert printed["dense"] == left // live[0].dense

@@ -25,7 +25,7 @@ from session_helpers import feed, make, mixed_profile, prompt, steps, tiny_confi
 from redknot_hf import RedKnotCache, RedKnotError
 from redknot_hf.errors import PoolExhausted
 from redknot_hf.paging.pool import PagePool
-from redknot_hf.sessions import DamagedFile, container, files
+from redknot_hf.sessions import DamagedFile, SessionStore, container, files
 from redknot_hf.sessions.container import Source, read_container, write_container
 
 MANY = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
@@ -192,6 +192,84 @@ def test_hostile_arrays(tiny, saved, tmp_path, small_memory, data):
     assert logits.shape == (4, 2, 97)
 
 
+@pytest.fixture(scope="module")
+def frozen(tiny, tmp_path_factory):
+    """Bytes of a saved session whose rows share quantised pages, and have pages of their own behind them."""
+    path = tmp_path_factory.mktemp("frozen") / "a"
+    cache = make(tiny, mixed_profile(tiny.config), 1, 43, rollback=4, kv_dtype="int8")
+    cache.batch_repeat_interleave(2)
+    cache.freeze()
+    feed(tiny, cache, prompt(2, 5, seed=1))
+    cache.crop(-2)
+    cache.save(path)
+    return path.read_bytes()
+
+
+@MANY
+@given(data=st.data())
+def test_hostile_frozen_pages(tiny, frozen, tmp_path, small_memory, data):
+    numbers = st.one_of(st.sampled_from([-1, 0, 1, 2, 8, 2**30, 2**31 - 1]), st.integers(-4, 60))
+    scales = st.sampled_from([-1.0, float("nan"), float("inf"), 1e38, 0.0])
+
+    def change(description, tensors):
+        names = sorted(name for name in tensors if ".frozen." in name)
+        name = data.draw(st.sampled_from(names))
+        tensor = tensors[name]
+        kind = data.draw(st.sampled_from(["value", "value", "shape", "dtype", "gone", "all gone", "more"]))
+        if kind == "value":
+            flat = tensor.view(-1)
+            for _ in range(data.draw(st.integers(1, 3))):
+                value = data.draw(scales if tensor.is_floating_point() else numbers)
+                flat[data.draw(st.integers(0, len(flat) - 1))] = value % 128 if tensor.dtype == torch.int8 else value
+        elif kind == "shape":
+            tensors[name] = data.draw(
+                st.sampled_from(
+                    [tensor[:0], tensor[:-1], tensor[None], torch.cat([tensor, tensor]), tensor.reshape(-1)]
+                )
+            )
+        elif kind == "dtype":
+            tensors[name] = tensor.to(data.draw(st.sampled_from([torch.int64, torch.float16, torch.bool, torch.uint8])))
+        elif kind == "gone":
+            del tensors[name]
+        elif kind == "all gone":
+            for other in names:
+                if other.split(".")[1] == name.split(".")[1]:
+                    del tensors[other]
+        else:
+            tensors[name + "x"] = tensor
+
+    forged(tmp_path / "a", frozen, change)
+    try:
+        cache = RedKnotCache.load(tmp_path / "a", tiny.config)
+    except RedKnotError:
+        return
+    assert steps(tiny, cache, 2).shape == (2, 2, 97)
+
+
+@MANY
+@given(data=st.data())
+def test_flipped_bits_of_frozen_pages(tiny, frozen, tmp_path, data):
+    raw = bytearray(frozen)
+    where = data.draw(st.integers(0, len(raw) - 1))
+    raw[where] ^= 1 << data.draw(st.integers(0, 7))
+    (tmp_path / "a").write_bytes(raw)
+    try:
+        cache = RedKnotCache.load(tmp_path / "a", tiny.config)
+    except RedKnotError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+    else:
+        (tmp_path / "b").write_bytes(frozen)
+        twin = RedKnotCache.load(tmp_path / "b", tiny.config)
+        assert torch.equal(steps(tiny, cache, 3), steps(tiny, twin, 3))
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**32, (64 << 20) + 1, 0])
+def test_huge_length_fields(tiny, saved, tmp_path, length):
+    (tmp_path / "a").write_bytes(length.to_bytes(8, "little") + saved[0][8:])
+    with pytest.raises(DamagedFile):
+        RedKnotCache.load(tmp_path / "a", tiny.config)
+
+
 def test_a_huge_claim_is_refused_before_memory_is_taken(tiny, saved, tmp_path, small_memory):
     def change(description, tensors):
         description["seen"] = 10**9
@@ -281,6 +359,52 @@ def test_a_full_disk_leaves_the_old_file(tiny, profile, tmp_path, monkeypatch, w
     twin = cache.fork()
     cache.save(path)
     assert torch.equal(steps(tiny, RedKnotCache.load(path, tiny.config)), steps(tiny, twin))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("a tmpfs can be mounted by root alone")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True, capture_output=True, timeout=10)
+
+
+def test_a_disk_that_is_really_full(tiny, profile, small_disk, monkeypatch):
+    """Saving, a store and a cold tier on 256 KiB: each says so, and what was there before is there still."""
+    small, large = make(tiny, profile, 1, 40), make(tiny, profile, 1, 2000)
+    small.save(small_disk / "a")
+    old = (small_disk / "a").read_bytes()
+    with pytest.raises(RedKnotError, match=r"disk is full .* unchanged"):
+        large.save(small_disk / "a")
+    assert (small_disk / "a").read_bytes() == old and [entry.name for entry in small_disk.iterdir()] == ["a"]
+
+    store = SessionStore(tiny, device_bytes=0, host_bytes=0, folder=small_disk / "store")
+    twins = {}
+    with pytest.raises(RedKnotError, match="disk is full"):
+        for user in range(40):
+            cache = make(tiny, profile, 1, 60, seed=user)
+            twins[user] = cache.fork()
+            store.put(str(user), cache)
+    assert 2 < len(twins) < 40
+    for user, twin in twins.items():  # the one that found no room, too
+        assert torch.equal(steps(tiny, store.get(str(user)), 2), steps(tiny, twin, 2))
+        store.delete(str(user))
+
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    cold = RedKnotCache(tiny.config, profile, page_size=8, cold="disk")
+    feed(tiny, cold, prompt(1, 40))
+    twin = cold.fork()
+    with pytest.raises(PoolExhausted, match=r"no room for .* bytes of cold pages"):
+        feed(tiny, cold, prompt(1, 900))
+    assert torch.equal(steps(tiny, twin, 3), steps(tiny, make(tiny, profile, 1, 40, cold="disk"), 3))
 
 
 def test_no_memory_to_load(tiny, profile, tmp_path, monkeypatch):

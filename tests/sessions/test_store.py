@@ -119,6 +119,31 @@ def test_a_folder_can_be_reopened(tiny, profile, tmp_path):
         assert torch.equal(steps(tiny, again.get(name)), steps(tiny, twin))
 
 
+@pytest.mark.parametrize("key", ["../x", "/etc/passwd", "a/b/c", "..", "a\0b", "~", "\ud800", "x" * 512, "CON", " "])
+def test_keys_are_names_and_not_paths(tiny, profile, tmp_path, key):
+    folder = tmp_path / "store"
+    store = SessionStore(tiny.config, device_bytes=0, host_bytes=0, folder=folder)
+    cache = make(tiny, profile, 1, 24)
+    twin = cache.fork()
+    store.put(key, cache)
+    assert store.report().disk == (key,)
+    files = list(folder.iterdir())
+    assert len(files) == 1 and files[0].name.endswith(SUFFIX) and list(tmp_path.iterdir()) == [folder]
+    again = SessionStore(tiny.config, folder=folder)
+    assert again.keys() == [key]
+    assert torch.equal(steps(tiny, again.get(key), 3), steps(tiny, twin, 3))
+    again.delete(key)
+
+
+def test_a_file_under_another_name_is_not_a_session(tiny, profile, tmp_path):
+    """A label is what the file says of itself; it counts only where the name follows from it."""
+    make(tiny, profile, 1, 24).save(tmp_path / ("f" * 40 + SUFFIX), label="victim")
+    store = SessionStore(tiny.config, folder=tmp_path)
+    assert store.keys() == []
+    with pytest.raises(SessionMissing):
+        store.get("victim")
+
+
 def test_a_full_disk_loses_nothing(tiny, profile, tmp_path, monkeypatch):
     from redknot_hf.sessions import store as module
 

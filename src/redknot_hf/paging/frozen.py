@@ -28,7 +28,7 @@ from ..errors import CacheError, RedKnotError, shorten
 from .pages import LayerPages, live_slots
 from .pool import upload
 
-__all__ = ["KV_DTYPES", "FrozenPages", "FrozenRows", "freeze", "kv_dtype_of"]
+__all__ = ["KV_DTYPES", "FrozenPages", "FrozenRows", "filled_slots", "freeze", "kv_dtype_of"]
 
 KV_DTYPES = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest number of each
 _SPELLINGS = {"fp8": torch.float8_e4m3fn, "float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
@@ -365,8 +365,7 @@ def freeze(pages: LayerPages, kv_dtype: torch.dtype | None, name: str) -> LayerP
             return made
         if kv_dtype is None and store.k_scale is not None:
             kv_dtype = store.k.dtype
-    live = live_slots(pages, table, pages.lens, pages.oldest).reshape(*table.shape, size)
-    filled = np.where(live.any(3), size - live[..., ::-1].argmax(3), 1)  # up to the last live slot, at least one
+    filled = np.maximum(1, filled_slots(pages, table, pages.lens, pages.oldest))
     chosen = table > 0
     if kv_dtype is None:
         local = np.zeros(table.shape, bool)
@@ -392,6 +391,17 @@ def freeze(pages: LayerPages, kv_dtype: torch.dtype | None, name: str) -> LayerP
     pages.pool.release(table[chosen])
     pages.table = rest
     return FrozenPages.around(pages, frozen, fresh)
+
+
+def filled_slots(pages: LayerPages, table: np.ndarray, lens: np.ndarray, oldest: np.ndarray) -> np.ndarray:
+    """Slots of every page up to its last live one, int64 ``[batch, kv_heads, pages]``; arguments as for `live_slots`."""
+    size = pages.pool.page_size
+    filled = np.zeros(table.shape, np.int64)
+    for row in range(len(lens)):  # row by row: bounds the temporaries
+        of_row = slice(row, row + 1)
+        live = live_slots(pages, table[of_row], lens[of_row], oldest[of_row]).reshape(*table[of_row].shape, size)
+        filled[of_row] = np.where(live.any(3), size - live[..., ::-1].argmax(3), 0)
+    return filled
 
 
 def _store(

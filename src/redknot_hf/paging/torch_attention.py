@@ -105,6 +105,10 @@ def _decode_ring(pages: LayerPages, q: torch.Tensor, spec: AttentionSpec, heads:
     wrapped = last - (last - slot) % ring  # the newest position that falls into this slot
     position = np.where((slot < sink) | (last < sink + ring), slot, wrapped)
     seen = (slot < stored[..., None]) & visible(last, position, sink, pages.window[heads][:, None], spec.model_window)
+    if pages.rollback or spec.model_window:
+        # what is kept without being seen may hold anything, and a weight of zero would not keep a NaN out
+        hidden = upload(~seen, q.device)[..., None]
+        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
     return _attend(q, k, v, upload(seen[:, :, None], q.device), spec, heads, q.shape[2])
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ..errors import CacheError
-from ..paging.frozen import KV_DTYPES, FrozenPages, FrozenRows
-from ..paging.pages import LayerPages, live_slots
+from ..paging.frozen import KV_DTYPES, FrozenPages, FrozenRows, filled_slots
+from ..paging.pages import LayerPages
 from .container import Source
 from .rows import check_places, frozen_entries
 
@@ -90,8 +90,6 @@ def check_filled(pages: FrozenPages, lens: np.ndarray, oldest: np.ndarray) -> No
     Raises:
         CacheError: attention would read what is not there.
     """
-    size = pages.pool.page_size
-    live = live_slots(pages, pages.frozen, lens, oldest).reshape(*pages.frozen.shape, size)
-    needed = np.where(live.any(3), size - live[..., ::-1].argmax(3), 0)
+    needed = filled_slots(pages, pages.frozen, lens, oldest)
     if ((pages.frozen > 0) & (needed > pages.store.counts(pages.frozen))).any():
         raise CacheError("a frozen page holds fewer tokens than its head shows")
