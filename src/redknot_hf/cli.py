@@ -73,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # The common case needs one subcommand's imports, not seven.
         only = arguments[0] if arguments and arguments[0] in commands.available() else None
+        complete = getattr(commands.load(only), "complete", None) if only else None
+        if complete is not None:
+            arguments[1:] = complete(arguments[1:])
         parser = build_parser(only)
         args = parser.parse_args(arguments)
         if args.command is None:

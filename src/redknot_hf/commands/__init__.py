@@ -5,7 +5,8 @@ A module `commands/<name>.py` has
 - `NAME`, the word on the command line, and `HELP`, one line for the list;
 - `add_arguments(parser)`, which declares its options on an `argparse.ArgumentParser`;
 - `run(args) -> int`, which does the work and returns the exit status;
-- optionally `DESCRIPTION` and `EPILOG`, longer texts for `redknot <name> --help`.
+- optionally `DESCRIPTION` and `EPILOG`, longer texts for `redknot <name> --help`;
+- optionally `complete(arguments) -> list`, which puts in what may be left out of the arguments after the name.
 
 Its imports at module level are light: `redknot --help` imports every one of them. What needs torch or transformers is
 imported inside `run`. A mistake of the user is raised as `RedKnotError`; the command line prints it as one line.

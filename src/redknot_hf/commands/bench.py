@@ -1,27 +1,33 @@
-"""`redknot bench WHAT`: measurements on this machine. One entry of `BENCHES` per measurement."""
+"""`redknot bench [WHAT] MODEL`: measurements on this machine. One entry of `BENCHES` per measurement.
+
+`redknot bench MODEL` is short for `redknot bench caches MODEL`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import RedKnotError, shorten
 
 if TYPE_CHECKING:
+    from ..eval.speed import CacheTable
     from ..heads import HeadProfile
     from ..ledger import Ledger
     from ..sparse_ffn import SparseFFNSchedule
 
 NAME = "bench"
-HELP = "measure on this machine: where prefill time goes"
+HELP = "measure on this machine: caches side by side, or where prefill time goes"
 DESCRIPTION = """\
-Measurements on this machine. `redknot bench WHAT --help` explains one.
+Measurements on this machine. `redknot bench WHAT --help` explains one; without WHAT it is "caches".
 """
 EPILOG = """\
 examples:
+  redknot bench
+  redknot bench meta-llama/Llama-3.1-8B-Instruct --tokens 32k --device cuda --compile
   redknot bench prefill
   redknot bench prefill meta-llama/Llama-3.1-8B-Instruct --tokens 16k --device cuda --dtype bfloat16
 """
@@ -38,6 +44,20 @@ examples:
   redknot bench prefill --tokens 2k --repeats 3
   redknot bench prefill --keep 0.3 --first-layer 20
   redknot bench prefill ./config_of_a_large_model --random-weights --device cuda --dtype bfloat16 --tokens 8k
+"""
+
+
+_CACHES = """\
+Time to first token, milliseconds per token, memory, and how many sequences fit: DynamicCache, StaticCache,
+QuantizedCache (where its backend is installed), an offloaded cache (on a GPU) and RedKnotCache, on the same random
+tokens in one process. "agrees" is the share of greedy tokens that are DynamicCache's: a head profile is approximate,
+and quality is measured by `redknot eval`. MODEL is a folder or a Hub id (default: SmolLM2-135M-Instruct).
+"""
+_CACHES_EPILOG = """\
+examples:
+  redknot bench --tokens 2k
+  redknot bench ./model --profile mine.json --tokens 8k --plot caches.png
+  redknot bench ./config_of_a_large_model --random-weights --device cuda --tokens 32k --compile --largest-batch 60
 """
 
 
@@ -64,8 +84,130 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         bench.add_arguments(subparser)
 
 
+def complete(arguments: Sequence[str]) -> list[str]:
+    """The arguments after `redknot bench`, with the measurement's name put in front where it was left out."""
+    named = arguments and (arguments[0] in BENCHES or arguments[0] in ("-h", "--help"))
+    return list(arguments) if named else ["caches", *arguments]
+
+
 def run(args: argparse.Namespace) -> int:
     return BENCHES[args.bench].run(args)
+
+
+# -------------------------------------------------------------------------------------------------------------- caches
+
+
+def _caches_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder or Hub id (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--tokens", type=_tokens, default=2048, metavar="N", help="length of the prompt (default 2k)")
+    parser.add_argument("--new-tokens", type=_tokens, default=16, metavar="N", help="tokens decoded (default 16)")
+    parser.add_argument("--batch", type=_tokens, default=1, metavar="N", help="sequences (default 1)")
+    parser.add_argument(
+        "--profile",
+        metavar="P",
+        help="head profile: file, shipped name or Hub id (default: the one shipped for the model, else a quarter of the "
+        "heads global, which measures time and says nothing of quality)",
+    )
+    parser.add_argument(
+        "--caches",
+        metavar="A,B",
+        help="of dynamic, static, quantized, offloaded, ours, ours-static, ours-global (default: all)",
+    )
+    parser.add_argument("--compile", action="store_true", help="time the static forms under torch.compile, too")
+    parser.add_argument("--repeats", type=_tokens, default=3, metavar="N", help="runs of each (default 3)")
+    parser.add_argument(
+        "--memory", type=_size, metavar="SIZE", help="for counting what fits, e.g. 80G (default: the device's)"
+    )
+    parser.add_argument(
+        "--largest-batch",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="on a GPU: try how many sequences fit, for up to S seconds per cache (default: by bytes)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a CUDA GPU if there is one)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, bfloat16 on a GPU)")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="MODEL needs a config only: time does not depend on weights"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw a picture: .png, .svg or .pdf")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _caches(args: argparse.Namespace) -> int:
+    from ..eval.speed import CACHES, contenders, measure_caches
+    from ._models import load_model
+
+    wanted = CACHES if args.caches is None else [name.strip() for name in args.caches.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in CACHES]
+    if unknown or not wanted:
+        raise RedKnotError(f"--caches {shorten(args.caches)}: expected some of {', '.join(CACHES)}")
+    model, _ = load_model(
+        args.model, args.device, args.dtype, random_weights=args.random_weights, tokenizer=False, progress=not args.json
+    )
+    profile, source = _profile(args, model)
+    assert profile is not None
+    say = (lambda line: None) if args.json else (lambda line: print(f"redknot: {line}", file=sys.stderr, flush=True))
+    table = measure_caches(
+        model,
+        args.tokens,
+        args.new_tokens,
+        contenders(model, profile, wanted, compile_decode=args.compile),
+        batch=args.batch,
+        repeats=args.repeats,
+        memory=args.memory,
+        measure_fits_s=args.largest_batch,
+        profile_name=source,
+        progress=say,
+    )
+    if args.plot:
+        from ..eval.speed_plot import plot
+
+        plot(table, args.plot)
+    print(json.dumps(table.as_dict(), indent=2) if args.json else _caches_table(table))
+    return 0
+
+
+def _caches_table(table: CacheTable) -> str:
+    wide = max(len(row.name) for row in table.rows) + 2
+    lines = [
+        f"{table.batch} x {table.tokens} tokens and {table.new_tokens} new ones, {table.model}, {table.dtype} on "
+        f"{table.device} ({table.threads} threads), median of {table.repeats}; profile: {table.profile}",
+        "",
+        f"{'':{wide}}{'first token s':>14}{'ms per token':>13}{'KV per seq.':>13}{'peak':>11}{'fit':>7}{'tried':>7}"
+        f"{'agrees':>8}",
+    ]
+    for row in table.rows:
+        if row.first_token_s is None:
+            lines.append(f"{row.name:{wide}}  not measured: {row.note}")
+            continue
+        peak = "-" if row.peak_bytes is None else _bytes(row.peak_bytes)
+        tried = "-" if row.fits_measured is None else str(row.fits_measured)
+        agrees = "-" if row.agrees is None else f"{row.agrees:.0%}"
+        size = "-" if row.kv_bytes is None else _bytes(row.kv_bytes)
+        fits = "-" if row.fits is None else str(row.fits)
+        lines.append(
+            f"{row.name:{wide}}{row.first_token_s:>14.4f}{row.decode_ms:>13.3f}{size:>13}{peak:>11}{fits:>7}{tried:>7}"
+            f"{agrees:>8}{'  ' + row.note if row.note else ''}"
+        )
+    lines += [
+        "",
+        f"fit: sequences by bytes, in {_bytes(table.memory)} of memory of which a tenth is left and "
+        f"{_bytes(table.weights)} are weights; activations are not counted. agrees: greedy tokens that are DynamicCache's.",
+    ]
+    return "\n".join(lines)
+
+
+def _size(text: str) -> int:
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}.get(unit)
+    try:
+        value = float(number) * scale  # type: ignore[operator]
+    except (TypeError, ValueError):
+        value = 0.0
+    if not 0 < value < 2**60:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a size such as 80G")
+    return int(value)
 
 
 # ------------------------------------------------------------------------------------------------------------- prefill
@@ -136,54 +278,22 @@ def _schedule(args: argparse.Namespace) -> tuple[SparseFFNSchedule, str]:
 
 
 def _model(args: argparse.Namespace) -> Any:
-    import torch
+    from ._models import load_model
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    if name not in ("float32", "bfloat16", "float16"):
-        raise RedKnotError(f"--dtype {shorten(name)}: expected float32, bfloat16 or float16")
-    dtype: torch.dtype = getattr(torch, name)
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RedKnotError(f"--device {shorten(device)}: {str(error).splitlines()[0]}") from None
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    import redknot_hf  # noqa: F401  # registers "redknot"
-
-    if args.model is None:
-        if args.random_weights:
-            raise RedKnotError("--random-weights needs a MODEL to take the config from")
-        from ..demo_model import get_demo_model
-
-        model, _ = get_demo_model(dtype, progress=not args.json, attn_implementation="redknot", device=device)
-        return model
-    try:
-        if args.random_weights:
-            config = AutoConfig.from_pretrained(args.model)
-            with torch.device(device):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="redknot")
-        else:
-            model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="redknot")
-    except RedKnotError:
-        raise
-    except (OSError, ValueError, KeyError) as error:  # whatever transformers raises for "no such model"
-        raise RedKnotError(f"no model {shorten(args.model, 200)}: {str(error).strip().splitlines()[0]}") from None
-    return model.to(device).eval()
+    return load_model(
+        args.model, args.device, args.dtype, random_weights=args.random_weights, tokenizer=False, progress=not args.json
+    )[0]
 
 
 def _profile(args: argparse.Namespace, model: Any) -> tuple[HeadProfile | None, str]:
-    from ..heads import HeadProfile, find_shipped
+    from ..heads import HeadProfile
+    from ._models import find_profile
 
-    if args.profile == "none":
+    if args.profile == "none" and args.bench == "prefill":
         return None, "none"
-    if args.profile:
-        given = HeadProfile.load(args.profile)
-        given.validate_for(model.config)
-        return given, args.profile
-    shipped = find_shipped(model.config) if args.model is not None else HeadProfile.load("SmolLM2-135M-Instruct")
-    if shipped is not None:
-        return shipped, "shipped for this model"
+    found, source = find_profile(args.profile, model, args.model)
+    if found is not None:
+        return found, source
     made = HeadProfile.uniform(model.config, sink=4, window=256, global_heads=0.25)
     return made, "a quarter of the heads global, picked blindly: for time only"
 
@@ -243,6 +353,13 @@ def _tokens(text: str) -> int:
 
 
 BENCHES = {
+    "caches": Bench(
+        "first token, decoding, memory and capacity of the caches a user can choose from",
+        _CACHES,
+        _CACHES_EPILOG,
+        _caches_arguments,
+        _caches,
+    ),
     "prefill": Bench(
         "FLOPs, bytes and seconds of a prefill, per mechanism", _PREFILL, _PREFILL_EPILOG, _prefill_arguments, _prefill
     ),

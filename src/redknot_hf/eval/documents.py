@@ -177,6 +177,7 @@ def _question(record: Any, where: str) -> Question:
         answers = record["answers"] if "answers" in record else record.get("answer")
         if isinstance(answers, str):
             answers = [answers]
+        answers = [str(answer) for answer in answers if str(answer).strip()]
         context = record["context"] if "context" in record else record["ctxs"]
         if isinstance(context, dict):  # HotpotQA in columns: titles and lists of sentences
             context = list(zip(context["title"], context["sentences"], strict=True))
@@ -186,7 +187,7 @@ def _question(record: Any, where: str) -> Question:
             documents.append((str(title), body if isinstance(body, str) else "".join(body)))
         if not isinstance(asked, str) or not answers or not documents:
             raise ValueError("question, answer and documents must not be empty")
-        return Question(asked, tuple(str(answer) for answer in answers), tuple(documents))
+        return Question(asked, tuple(answers), tuple(documents))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RedKnotError(
             f"--data: {where} is no question as HotpotQA or NQ-open writes it ({type(error).__name__}: {error}); "

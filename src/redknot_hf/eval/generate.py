@@ -18,7 +18,7 @@ from ..demo_compare import kv_bytes
 from .methods import Method
 from .prompts import Example
 
-__all__ = ["Answered", "Continued", "answer", "continue_text", "wait"]
+__all__ = ["Answered", "Continued", "answer", "cache_argument", "continue_text", "last_logits_only", "wait"]
 
 
 @dataclass
@@ -58,10 +58,7 @@ class _Session:
     def __init__(self, model: Any, cache: Any, rows: int):
         self.model, self.cache, self.rows = model, cache, rows
         self.device = next(model.parameters()).device
-        names = inspect.signature(model.forward).parameters
-        # transformers 5.24 renamed the argument; the old name works there too, but warns
-        self.argument = "cache" if "cache" in names else "past_key_values"
-        self.few = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+        self.argument, self.few = cache_argument(model), last_logits_only(model)
         self.mask = torch.zeros(rows, 0, dtype=torch.long, device=self.device)
         self.padded = False
 
@@ -148,6 +145,16 @@ def continue_text(model: Any, examples: Sequence[Example], method: Method) -> Co
     log_probs = torch.cat([first, logits[:, :-1]], 1).float().log_softmax(-1)
     end = wait(device)
     return Continued(log_probs, ids, allocated // rows, live // rows, (middle - start) / rows, (end - middle) / rows)
+
+
+def cache_argument(model: Any) -> str:
+    """transformers 5.24 renamed the argument; the old name works there too, but warns in the middle of a table."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def last_logits_only(model: Any) -> dict[str, int]:
+    """Logits of all tokens of a context would be larger than the cache that is measured."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def wait(device: torch.device) -> float:
