@@ -97,8 +97,9 @@ class Parts:
 
     def write(self, text: str) -> int:
         name = text.strip("\r\n ").split(":")[0]
-        if name and name[0].isalpha() and "|" not in name:
-            self.began.setdefault(name, time.perf_counter() - self.start)
+        if name and name[0].isalpha() and "|" not in name and name not in self.began:
+            self.began[name] = time.perf_counter() - self.start
+            print(f"[{self.began[name]:6.1f} s] {name}", flush=True)
         return len(text)
 
     def flush(self) -> None: ...

@@ -12,14 +12,9 @@ from redknot_hf.heads.profiler.collect import frozen
 from redknot_hf.heads.profiler.context import run_suffix
 from redknot_hf.heads.profiler.curvature import score_batch
 from redknot_hf.heads.profiler.gates import gated_handler
+from redknot_hf.heads.profiler.local_model import LocalModel
 from redknot_hf.heads.profiler.scores import HeadScores
-from redknot_hf.heads.profiler.selection import (
-    QuadraticModel,
-    candidates,
-    choose_windows,
-    head_count,
-    rank_heads,
-)
+from redknot_hf.heads.profiler.selection import candidates, choose_windows, head_count, quadratic, rank_heads
 from redknot_hf.heads.profiler.tasks import Sample, collate
 from redknot_hf.heads.profiler.validation import full_reference, measure, summarise, wilson
 from redknot_hf.heads.profiler.visibility import HeadMap, visible_attention, windowed_handler
@@ -46,8 +41,8 @@ def test_quadratic_model_predicts_small_measured_kl(planted_model):
             visible = HeadMap.uniform(LAYERS, HEADS, sink, windows[window], keep)
             real = summarise(measure(planted_model, prompts, visible, "full"))["text"]["kl"]
             choice = torch.full((LAYERS * HEADS,), window)
-            choice[[l * HEADS + h for l, h in keep]] = -1
-            assert QuadraticModel(rows.double() / len(rows) ** 0.5, 0.0).predict(choice) == pytest.approx(real, rel=0.1)
+            choice[[l * HEADS + h for l, h in keep]] = len(windows)
+            assert quadratic([(rows, 1.0)], shrinkage=0.0).predict(choice) == pytest.approx(real, rel=0.1)
 
 
 def test_open_gates_are_full_attention_and_closed_gates_are_the_window(planted_model):
@@ -64,47 +59,46 @@ def test_open_gates_are_full_attention_and_closed_gates_are_the_window(planted_m
         assert not torch.allclose(local, logits(visible_attention), atol=1e-2)
 
 
-def random_model(heads: int, windows: int, seed: int, shrinkage: float = 0.5) -> QuadraticModel:
+def random_rows(heads: int, windows: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(30, heads, windows, generator=generator).double()
     # Larger windows hurt less.
-    return QuadraticModel(rows * torch.linspace(1, 0.2, windows).double(), shrinkage)
+    return torch.randn(30, heads, windows, generator=generator) * torch.linspace(1, 0.2, windows)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_gains_are_differences_of_predictions(seed):
-    model = random_model(6, 3, seed)
-    choice = torch.tensor([-1, 0, 1, 2, -1, 1])
-    others = torch.tensor([0, 1, -1, 2, 2, 0])
-    gains = model.gains(choice, others)
-    for head in range(6):
-        changed = choice.clone()
-        changed[head] = others[head]
-        assert float(gains[head]) == pytest.approx(model.predict(choice) - model.predict(changed), abs=1e-9)
-    assert float(gains[3]) == pytest.approx(0, abs=1e-12)  # no change, no gain
+def test_quadratic_is_half_the_mean_square_of_the_sum_shrunk_towards_independence():
+    rows = random_rows(4, 2, 0)
+    choice = torch.tensor([0, 2, 1, 0])  # the second head is global
+    columns = torch.stack([rows[:, 0, 0], rows[:, 2, 1], rows[:, 3, 0]], 1).double()
+    joint, alone = columns.sum(1).square().mean() / 2, columns.square().sum(1).mean() / 2
+    for shrinkage in (0.0, 0.4, 1.0):
+        expected = (1 - shrinkage) * joint + shrinkage * alone
+        assert quadratic([(rows, 1.0)], shrinkage).predict(choice) == pytest.approx(float(expected), rel=1e-5)
+    both = quadratic([(rows, 1.0), (rows[:7], 3.0)], 1.0).predict(choice)
+    few = columns[:7].square().sum(1).mean() / 2
+    assert both == pytest.approx(float(alone + 3 * few), rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_windows_keep_the_budget_and_come_close_to_the_best(seed):
-    model, windows = random_model(6, 3, seed, shrinkage=0.9), (8, 16, 32)
-    choice = choose_windows({0, 3}, model, windows, 16)
-    local = [1, 2, 4, 5]
-    spent = sum(windows[choice[h]] for h in local)
-    assert spent <= 16 * 4 and choice[0] == choice[3] == -1
+    local, windows = quadratic([(random_rows(6, 3, seed), 1.0)], 0.9), (8, 16, 32)
+    choice = choose_windows({0, 3}, local, windows, 16)
+    others = [1, 2, 4, 5]
+    spent = sum(windows[choice[h]] for h in others)
+    assert spent <= 16 * 4 and choice[0] == choice[3] == 3
     costs = []
     for sizes in itertools.product(range(3), repeat=4):
         if sum(windows[s] for s in sizes) <= 64:
-            other = torch.full((6,), -1)
-            other[local] = torch.tensor(sizes)
-            costs.append(model.predict(other))
-    assert model.predict(choice) <= min(costs) + 0.02 * (max(costs) - min(costs))
+            other = torch.full((6,), 3)
+            other[others] = torch.tensor(sizes)
+            costs.append(local.predict(other))
+    assert local.predict(choice) <= min(costs) + 0.02 * (max(costs) - min(costs))
 
 
 def test_gates_come_first_and_the_rest_is_filled_by_predicted_kl():
-    model = random_model(5, 2, 0, shrinkage=1.0)
-    order = rank_heads(torch.tensor([0.0, 0.6, 0.0, 0.9, 0.1]), model, window=0)
+    rows = random_rows(5, 2, 0)
+    order = rank_heads(torch.tensor([0.0, 0.6, 0.0, 0.9, 0.1]), quadratic([(rows, 1.0)], 1.0), window=0)
     assert order[:2] == [3, 1] and sorted(order) == [0, 1, 2, 3, 4]
-    alone = model.rows[..., 0].square().sum(0)  # independent heads: the largest square gains most
+    alone = rows[..., 0].square().sum(0)  # independent heads: the largest square gains most
     assert order[2:] == sorted([0, 2, 4], key=lambda h: -float(alone[h]))
 
 
@@ -114,13 +108,27 @@ def test_head_count(budget, heads, count):
 
 
 def test_candidates_keep_count_and_bytes():
-    rows = random_model(12, 3, 1).rows
+    rows = random_rows(12, 3, 1)
     windows, gates = (8, 16, 32), torch.linspace(0, 1, 12)
     found = candidates(gates, rows, rows.flip(0), 4, windows, 16)
     assert len(found) >= 3 and len({tuple(choice.tolist()) for choice in found.values()}) == len(found)
     for choice in found.values():
-        assert int((choice < 0).sum()) == 4
-        assert sum(windows[w] for w in choice.tolist() if w >= 0) <= 16 * 8
+        assert int((choice == 3).sum()) == 4
+        assert sum(windows[w] for w in choice.tolist() if w < 3) <= 16 * 8
+
+
+def test_searches_on_small_matrices_leave_the_thread_count_alone():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        local = quadratic([(random_rows(6, 3, 0), 1.0)])
+        choose_windows({0}, local, (8, 16, 32), 16)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(RuntimeError):
+            choose_windows({0}, LocalModel(local.linear, local.second[:2]), (8, 16, 32), 16)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_wilson_interval():

@@ -14,8 +14,9 @@ from redknot_hf.heads.profiler.collect import build_prompts, frozen
 from redknot_hf.heads.profiler.intercept import decoder_layout
 from redknot_hf.heads.profiler.local_model import LocalModel, linearise, option_map
 from redknot_hf.heads.profiler.many_maps import map_costs
+from redknot_hf.heads.profiler.moves import single_moves, walk
 from redknot_hf.heads.profiler.objective import Objective, prompt_terms
-from redknot_hf.heads.profiler.refine import Search, refine, search_on, single_moves, walk
+from redknot_hf.heads.profiler.refine import Search, refine, search_on
 from redknot_hf.heads.profiler.tasks import collate
 from redknot_hf.heads.profiler.validation import full_reference, measure
 

@@ -13,7 +13,7 @@ from ..profile import HeadProfile
 from .collect import Measured
 from .intercept import DecoderLayout
 from .refine import Search, refine
-from .selection import QuadraticModel, candidates, head_count
+from .selection import candidates, head_count, quadratic
 from .validation import rounded
 
 __all__ = ["METHODS", "select_profile"]
@@ -58,7 +58,7 @@ def select_profile(
     count = head_count(budget, len(cells))
     if method == "gates":
         choice = torch.full((len(cells),), middle)
-        choice[gates.argsort(descending=True, stable=True)[:count]] = -1
+        choice[gates.argsort(descending=True, stable=True)[:count]] = len(windows)
         found = {"gates alone": choice}
     else:
         found = candidates(gates, text, needle, count, windows, mean_window)
@@ -70,7 +70,7 @@ def select_profile(
         classes = [["global"] * layout.num_kv_heads for _ in rows]
         window = [[0] * layout.num_kv_heads for _ in rows]
         for (l, h), w in zip(cells, choice.tolist(), strict=True):
-            if w >= 0:
+            if w < len(windows):
                 classes[l][h], window[l][h] = "local", windows[w]
         return HeadProfile(layout.num_layers, layout.num_kv_heads, classes, measured.scores.sink, window)  # type: ignore[arg-type]
 
@@ -79,7 +79,7 @@ def select_profile(
     note: dict[str, Any] = {}
     if search is not None and method != "gates" and 0 < count < len(cells):
         names = list(found)
-        options = [torch.where(choice < 0, len(windows), choice) for choice in found.values()]
+        options = list(found.values())
         costs = list(search.cost(options))
         ranked = sorted(range(len(names)), key=lambda i: costs[i])
         note["measured"] = dict(zip(names, costs, strict=True))
@@ -93,12 +93,10 @@ def select_profile(
             paid = list(search.deployed(list(finalists.values())))
             note["deployed"] = dict(zip(finalists, paid, strict=True))
             best = min(finalists, key=note["deployed"].__getitem__)
-        chosen = torch.where(finalists[best] == len(windows), -1, finalists[best])
+        chosen = finalists[best]
     profile = profile_of(chosen)
-    predicted = {
-        kind: QuadraticModel.join([(rows, 1.0)]).predict(chosen) for kind, rows in (("text", text), ("needle",
-        needle)) if len(rows)
-    }  # fmt: skip
+    parts = {"text": text, "needle": needle}
+    predicted = {kind: quadratic([(rows, 1.0)]).predict(chosen) for kind, rows in parts.items() if len(rows)}
     profile.metadata = {
         **describe_config(config),
         "method": method,

@@ -48,7 +48,10 @@ class LocalModel:
             linear: `[heads, options]`.
             rows: `[rows, heads, options]`, scaled so that 1/2 of the sum over rows of (sum over heads)^2 is the second
                 order.
-            shrinkage: of the interactions, as in `selection.QuadraticModel`; None takes its default.
+            shrinkage: 0 trusts the interactions, 1 treats heads as independent. A few hundred random rows cannot resolve
+                all cancellations between a hundred heads; unshrunk, a search finds maps that look free only to these
+                rows. None takes 1 / (1 + rows / (12 heads)): on held-out text of a 135M model (90 heads, 60 to 100 rows)
+                0.85 to 1 was best and 0.3 a quarter worse.
         """
         count, heads, options = rows.shape
         if shrinkage is None:

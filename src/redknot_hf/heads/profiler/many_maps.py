@@ -18,7 +18,7 @@ from .context import ContextCache, prefill
 from .intercept import AttentionCall, Handler, intercept
 from .objective import prompt_terms
 from .validation import Prompts
-from .visibility import KEEP_ALL, HeadMap, attend, visible_attention
+from .visibility import HeadMap, attend, visible_attention
 
 __all__ = ["map_costs", "maps_handler"]
 
@@ -26,64 +26,88 @@ _ROWS = 24_576
 """Suffix rows per forward pass: enough to fill a large GPU, and little memory."""
 
 
-def maps_handler(maps: Sequence[HeadMap]) -> Handler:
-    """A handler for a batch that holds the same prompts once per map, map-major."""
+def maps_handler(maps: Sequence[HeadMap], device: Any) -> Handler:
+    """A handler for a batch that holds the same prompts once per map, map-major.
+
+    Args:
+        maps: head maps.
+        device: of the batch.
+    """
+    count = len(maps)
+    if count > 1:
+        plan, indices = _plan(maps, device)
 
     def handler(call: AttentionCall) -> Tensor:
-        count = len(maps)
-        rows = [(m.sink[call.layer], m.window[call.layer]) for m in maps]
-        if count == 1 or call.sink_logits is not None:
-            size = call.query.shape[0] // count
-            parts = []
-            for i, (sink, window) in enumerate(rows):
-                part = slice(i * size, (i + 1) * size)
-                one = AttentionCall(
-                    call.layer, call.query[part], call.key[part], call.value[part], call.scaling, call.model_window,
-                    call.softcap, call.sink_logits,
-                )  # fmt: skip
-                parts.append(visible_attention(one, sink, window))
-            return torch.cat(parts)
-        return _grouped(call, rows)
+        if count == 1:
+            return visible_attention(call, maps[0].sink[call.layer], maps[0].window[call.layer])
+        if call.sink_logits is None:
+            return _grouped(call, plan[call.layer], indices, count)
+        size = call.query.shape[0] // count
+        parts = []
+        for i, visible in enumerate(maps):
+            part = slice(i * size, (i + 1) * size)
+            one = AttentionCall(
+                call.layer, call.query[part], call.key[part], call.value[part], call.scaling, call.model_window,
+                call.softcap, call.sink_logits,
+            )  # fmt: skip
+            parts.append(visible_attention(one, visible.sink[call.layer], visible.window[call.layer]))
+        return torch.cat(parts)
 
     return handler
 
 
-def _grouped(call: AttentionCall, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
+Groups = list[tuple[int, int, int, int]]
+"""(sink, window, first, last): the slice of the index list that holds the pairs with this sink and window."""
+
+
+def _plan(maps: Sequence[HeadMap], device: Any) -> tuple[list[Groups], Tensor]:
+    """Which (map, head) pairs of every layer share a window, and all pairs as one `[2, pairs]` index on the device:
+    one copy for the whole model, because a copy per layer would make the device wait for Python every time."""
+    layers: list[Groups] = []
+    flat: list[tuple[int, int]] = []
+    for layer in range(len(maps[0].window)):
+        pairs: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for m, visible in enumerate(maps):
+            for h, key in enumerate(zip(visible.sink[layer], visible.window[layer], strict=True)):
+                pairs.setdefault(key, []).append((m, h))
+        groups: Groups = []
+        for (sink, window), members in pairs.items():
+            groups.append((sink, window, len(flat), len(flat) + len(members)))
+            flat += members
+        layers.append(groups)
+    return layers, torch.tensor(flat).T.contiguous().to(device)
+
+
+def _grouped(call: AttentionCall, groups: Groups, indices: Tensor, count: int) -> Tensor:
     """Attention of every (map, head) pair, pairs of one window together."""
-    count, (total_batch, query_heads, length, dim) = len(rows), call.query.shape
-    batch, heads, groups = total_batch // count, call.key.shape[1], call.groups
+    total_batch, query_heads, length, dim = call.query.shape
+    batch, heads, size = total_batch // count, call.key.shape[1], call.groups
     total, offset, device = call.key.shape[2], call.offset, call.query.device
-    query = call.query.reshape(count, batch, heads, groups, length, dim)
+    query = call.query.reshape(count, batch, heads, size, length, dim)
     key = call.key.reshape(count, batch, heads, total, dim)
     value = call.value.reshape(count, batch, heads, total, -1)
     out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=value.dtype, device=device)
-    pairs: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for m, (sinks, windows) in enumerate(rows):
-        for h, (sink, window) in enumerate(zip(sinks, windows, strict=True)):
-            pairs.setdefault((sink, window) if window < total else (0, KEEP_ALL), []).append((m, h))
     positions = torch.arange(offset, total, device=device)[:, None]
-    for (sink, window), members in pairs.items():
+    for sink, window, first, last in groups:
+        m, h = indices[0, first:last], indices[1, first:last]
         span = min(window, call.model_window) if call.model_window else window
         low = max(0, offset - span + 1)
-        if low <= sink:
-            low, sink_part = 0, 0
-        else:
-            sink_part = sink
-        keys = torch.cat([torch.arange(sink_part, device=device), torch.arange(low, total, device=device)])
+        low, kept = (0, 0) if low <= sink else (low, sink)
+        keys = torch.cat([torch.arange(kept, device=device), torch.arange(low, total, device=device)])
         visible = (keys <= positions) & ((keys < sink) | (keys > positions - span))
         if call.model_window:
             visible &= keys > positions - call.model_window
-        m, h = (torch.tensor(x, device=device) for x in zip(*members, strict=True))
 
-        def gather(cached: Tensor, m: Tensor = m, h: Tensor = h, low: int = low, first: int = sink_part) -> Tensor:
-            # [maps, batch, heads, keys, dim] -> [pairs * batch, 1, visible keys, dim]
+        def gather(
+            cached: Tensor, m: Tensor = m, h: Tensor = h, low: int = low, kept: int = kept
+        ) -> Tensor:  # [maps, batch, heads, keys, dim] -> [pairs * batch, 1, visible keys, dim]
             recent = cached[:, :, :, low:][m, :, h]
-            if first:
-                recent = torch.cat([cached[:, :, :, :first][m, :, h], recent], dim=2)
+            if kept:
+                recent = torch.cat([cached[:, :, :, :kept][m, :, h], recent], dim=2)
             return recent.flatten(0, 1)[:, None]
 
         part = attend(call, query[m, :, h].flatten(0, 1), gather(key), gather(value), visible)
-        out[m, :, h] = part.reshape(len(members), batch, groups, length, -1)
+        out[m, :, h] = part.reshape(last - first, batch, size, length, -1)
     return out.reshape(total_batch, query_heads, length, -1)
 
 
@@ -128,8 +152,14 @@ def map_costs(
         copies = max(1, rows // batch.suffix.numel()) if shared else 1
         for start in range(0, len(maps), copies):
             some = maps[start : start + copies]
-            cache = prompt.cache if mode == "full" else prefill(model, batch.context, maps_handler(some))
-            logits = _target_logits(model, cache, batch.suffix, keep, len(some), maps_handler(some))
+            cache = (
+                prompt.cache
+                if mode == "full"
+                else prefill(model, batch.context, maps_handler(some, batch.context.device))
+            )
+            logits = _target_logits(
+                model, cache, batch.suffix, keep, len(some), maps_handler(some, batch.context.device)
+            )
             for i, part in enumerate(logits.split(len(batch))):
                 log_probs = part[chosen].float().log_softmax(-1)
                 kl, miss = prompt_terms(log_probs, prompt.log_probs.float(), batch)

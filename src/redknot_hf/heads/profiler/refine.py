@@ -21,86 +21,11 @@ from torch import Tensor
 from .intercept import DecoderLayout
 from .local_model import LocalModel, linearise, option_map
 from .many_maps import map_costs
+from .moves import single_moves, walk
 from .objective import Objective
 from .validation import Prompts
 
-__all__ = ["Search", "refine", "search_on", "single_moves", "walk"]
-
-
-def walk(local: LocalModel, choice: Tensor, windows: Sequence[int], limit: int, most: int) -> list[Tensor]:
-    """Maps along a greedy walk on the predicted objective, each better than the one before.
-
-    Args:
-        local: predictions around `choice`.
-        choice: int64 `[heads]`.
-        windows: sizes in tokens, increasing.
-        limit: window tokens in all that must not be exceeded.
-        most: steps.
-    """
-    path: list[Tensor] = []
-    here, value = choice, local.predict(choice)
-    for _ in range(most):
-        options = _swaps(local, here, 1) + _exchanges(local, here, windows, limit, 8)[:1]
-        if not options:
-            break
-        change, step = min(options, key=lambda option: option[0])
-        if change >= -1e-7 * max(1.0, abs(value)):
-            break
-        here, value = step, value + change
-        path.append(here)
-    return path
-
-
-def single_moves(local: LocalModel, choice: Tensor, windows: Sequence[int], limit: int, count: int) -> list[Tensor]:
-    """The `count` moves with the best predictions, half of them swaps; also ones that are predicted to hurt a little."""
-    swaps = _swaps(local, choice, count - count // 2)
-    exchanges = _exchanges(local, choice, windows, limit, count // 2)
-    return [step for _, step in sorted(swaps + exchanges, key=lambda option: option[0])]
-
-
-def _swaps(local: LocalModel, choice: Tensor, count: int) -> list[tuple[float, Tensor]]:
-    one, two, change = local.swap_gains(choice)
-    if not change.numel() or not count:
-        return []
-    found = []
-    for i in change.flatten().topk(min(count, change.numel()), largest=False).indices.tolist():
-        g, l = int(one[i // len(two)]), int(two[i % len(two)])
-        new = choice.clone()
-        new[g], new[l] = choice[l], choice[g]
-        found.append((float(change.flatten()[i]), new))
-    return found
-
-
-def _exchanges(
-    local: LocalModel, choice: Tensor, windows: Sequence[int], limit: int, count: int
-) -> list[tuple[float, Tensor]]:
-    """Growths of one head's window, others paying where the prediction loses least per token."""
-    last = len(windows)
-    size = torch.tensor([*windows, 0], dtype=torch.float64)
-    price = local.field(choice)
-    gain = price - price.gather(1, choice[:, None])
-    options = torch.arange(last + 1)[None]
-    gain[(choice[:, None] >= last) | (options >= last) | (options <= choice[:, None])] = torch.inf
-    heads = torch.arange(len(choice))
-    found = []
-    for i in gain.flatten().topk(min(count, gain.numel()), largest=False).indices.tolist():
-        head, target = divmod(i, last + 1)
-        if not torch.isfinite(gain[head, target]):
-            break
-        new = choice.clone()
-        new[head] = target
-        while float(size[new].sum()) > limit:
-            now = local.field(new)
-            smaller = (new - 1).clamp_min(0)
-            freed = size[new] - size[smaller]
-            loss = (now[heads, smaller] - now[heads, new]) / freed.clamp_min(1)
-            loss[(new == 0) | (new >= last) | (heads == head)] = torch.inf
-            if not bool(torch.isfinite(loss).any()):
-                break
-            new[int(loss.argmin())] -= 1
-        else:
-            found.append((local.predict(new) - local.predict(choice), new))
-    return sorted(found, key=lambda option: option[0])
+__all__ = ["Search", "refine", "search_on"]
 
 
 def _combined(choice: Tensor, steps: Sequence[Tensor]) -> list[Tensor]:

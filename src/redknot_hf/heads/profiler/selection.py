@@ -10,12 +10,14 @@ run the model. Everything here works on small matrices; no model is run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["QuadraticModel", "candidates", "choose_windows", "head_count", "rank_heads"]
+from .local_model import LocalModel
+from .moves import exchanges, one_thread
+
+__all__ = ["candidates", "choose_windows", "head_count", "quadratic", "rank_heads"]
 
 
 def head_count(budget: float, heads: int) -> int:
@@ -23,165 +25,84 @@ def head_count(budget: float, heads: int) -> int:
     return min(heads, max(0, round(budget * heads)))
 
 
-@dataclass
-class QuadraticModel:
-    """Predicted KL of a map: 1/2 mean over rows of (sum of the local heads' columns)^2, shrunk towards independence.
+def quadratic(parts: Sequence[tuple[Tensor, float]], shrinkage: float | None = None) -> LocalModel:
+    """Predicted cost around full attention, where it has no slope, of a weighted sum of KLs.
 
-    A few hundred random rows cannot resolve all cancellations between a hundred heads; unshrunk, a search finds maps
-    that look free only to these rows. Shrinkage adds each head's own square, as in a shrunk covariance matrix. On
-    held-out text of a 135M model (90 heads, 60 to 100 rows) 0.85 to 1 was best and 0.3 a quarter worse.
-
-    Attributes:
-        rows: `[rows, heads, windows]`, heads flattened over (layer, KV head); weights of the rows are already in them.
-        shrinkage: 0 trusts the cancellations, 1 treats heads as independent.
+    Args:
+        parts: `[rows, heads, windows]` from `curvature` and its weight; every part counts as its mean over rows.
+        shrinkage: of the interactions; None takes the default of `LocalModel.from_rows`.
     """
-
-    rows: Tensor
-    shrinkage: float = 0.85
-
-    @classmethod
-    def join(cls, parts: Sequence[tuple[Tensor, float]], shrinkage: float | None = None) -> QuadraticModel:
-        """Model of a weighted sum of KLs; every part `[rows, heads, windows]` counts as its mean over rows.
-
-        `shrinkage` None takes 1 / (1 + rows / (12 heads)): independence for few rows, cancellations for many.
-        """
-        if shrinkage is None:
-            rows = sum(len(part) for part, _ in parts)
-            shrinkage = 1 / (1 + rows / (12 * parts[0][0].shape[1]))
-        scaled = [rows * (weight / max(len(rows), 1)) ** 0.5 for rows, weight in parts if len(rows)]
-        return cls(torch.cat(scaled).double(), shrinkage)
-
-    def column(self, choice: Tensor) -> Tensor:
-        """`[rows, heads]`: each head's column under its choice of window (index), zero for -1 (global)."""
-        index = choice.clamp_min(0)[None, :, None].expand(len(self.rows), -1, 1)
-        return self.rows.gather(2, index)[..., 0] * (choice >= 0)
-
-    def predict(self, choice: Tensor) -> float:
-        """KL predicted for `choice` `[heads]`: a window index per head, -1 for global."""
-        column = self.column(choice)
-        joint, alone = column.sum(1).square().sum(), column.square().sum()
-        return float(0.5 * ((1 - self.shrinkage) * joint + self.shrinkage * alone))
-
-    def gains(self, choice: Tensor, others: Tensor) -> Tensor:
-        """How much each single change lowers the prediction.
-
-        Args:
-            choice: `[heads]` window index or -1.
-            others: `[heads]` the alternative of each head, likewise.
-
-        Returns:
-            `[heads]`, positive where the change helps.
-        """
-        old, new = self.column(choice), self.column(others)
-        residual = old.sum(1, keepdim=True)
-        change = new - old
-        joint = residual.square().sum() - (residual + change).square().sum(0)
-        alone = old.square().sum(0) - new.square().sum(0)
-        return 0.5 * ((1 - self.shrinkage) * joint + self.shrinkage * alone)
+    scaled = torch.cat([rows * (weight / max(len(rows), 1)) ** 0.5 for rows, weight in parts])
+    heads, windows = scaled.shape[1:]
+    nothing = torch.zeros(len(scaled), heads, 1)  # global: no change
+    return LocalModel.from_rows(torch.zeros(heads, windows + 1), torch.cat([scaled, nothing], dim=2), shrinkage)
 
 
-def rank_heads(gates: Tensor, model: QuadraticModel, window: int, threshold: float = 0.5) -> list[int]:
+@one_thread
+def rank_heads(gates: Tensor, local: LocalModel, window: int, threshold: float = 0.5) -> list[int]:
     """All heads in the order in which they become global.
 
     Args:
         gates: `[heads]` in [0, 1].
-        model: predicted KL.
+        local: predicted cost.
         window: index of the window that local heads have meanwhile.
         threshold: gates from here on are retrieval heads and come first, by their gate.
     """
-    heads = len(gates)
+    heads, last = len(gates), local.linear.shape[1] - 1
     order = [int(h) for h in gates.argsort(descending=True) if gates[h] >= threshold]
     choice = torch.full((heads,), window)
-    choice[order] = -1
+    choice[order] = last
     while len(order) < heads:
-        gains = model.gains(choice, torch.full((heads,), -1))
-        gains[choice < 0] = -float("inf")
-        best = int(gains.argmax())
+        price = local.field(choice)
+        gain = price[:, window] - price[:, last]
+        gain[choice == last] = -torch.inf
+        best = int(gain.argmax())
         order.append(best)
-        choice[best] = -1
+        choice[best] = last
     return order
 
 
+@one_thread
 def choose_windows(
-    chosen: set[int], model: QuadraticModel, windows: Sequence[int], mean_window: int, sweeps: int = 3
+    chosen: set[int], local: LocalModel, windows: Sequence[int], mean_window: int, sweeps: int = 3
 ) -> Tensor:
     """A window for every local head, no more tokens in all than `mean_window` for each would take.
 
     Args:
         chosen: global heads.
-        model: predicted KL.
-        windows: sizes in tokens, increasing, as in the model's columns.
+        local: predicted cost.
+        windows: sizes in tokens, increasing.
         mean_window: tokens per local head on average.
-        sweeps: rounds of exchanges (one head grows, another shrinks) after the greedy pass.
+        sweeps: rounds of exchanges (one head grows, others shrink) after the greedy pass, per local head.
 
     Returns:
-        int64 `[heads]`: window index, -1 for global heads.
+        int64 `[heads]`: option index; `len(windows)` for global heads.
     """
-    heads = model.rows.shape[1]
-    local = [h for h in range(heads) if h not in chosen]
-    size = torch.tensor(list(windows), dtype=torch.float64)
-    choice = torch.full((heads,), -1)
-    choice[local] = 0
-    left = float(mean_window * len(local) - size[0] * len(local))
-    largest = len(windows) - 1
-
-    def best_growth(budget: float) -> tuple[int, int, float]:
-        best = (-1, -1, 0.0)
-        for target in range(1, largest + 1):
-            # Jumps of several sizes count as one: a head may gain nothing before its window reaches a boundary.
-            allowed = (choice >= 0) & (choice < target)
-            cost = size[target] - size[choice.clamp_min(0)]
-            allowed &= cost <= budget + 1e-9
-            if not bool(allowed.any()):
-                continue
-            gains = model.gains(choice, torch.where(allowed, target, choice))
-            rate = torch.where(allowed, gains / cost.clamp_min(1), -torch.inf)
-            head = int(rate.argmax())
-            if float(rate[head]) > best[2]:
-                best = (head, target, float(rate[head]))
-        return best
-
+    heads, last = len(local.linear), len(windows)
+    size = torch.tensor([*windows, 0], dtype=torch.float64)
+    choice = torch.full((heads,), last)
+    choice[[h for h in range(heads) if h not in chosen]] = 0
+    limit = mean_window * (heads - len(chosen))
+    left = float(limit - size[choice].sum())
+    options = torch.arange(last + 1)[None]
     while True:
-        head, target, _ = best_growth(left)
-        if head < 0:
+        price = local.field(choice)
+        gain = price.gather(1, choice[:, None]) - price
+        # Jumps of several sizes count as one: a head may gain nothing before its window reaches a boundary.
+        more = size[None] - size[choice][:, None]
+        allowed = (choice[:, None] < last) & (options > choice[:, None]) & (options < last) & (more <= left + 1e-9)
+        rate = torch.where(allowed, gain / more.clamp_min(1), -torch.inf)
+        head, target = divmod(int(rate.argmax()), last + 1)
+        if not float(rate[head, target]) > 0:
             break
-        left -= float(size[target] - size[choice[head]])
+        left -= float(more[head, target])
         choice[head] = target
-
-    limit = float(mean_window * len(local))
-    for _ in range(sweeps * len(local)):
-        better = _exchange(choice, model, size, limit)
-        if better is None:
+    for _ in range(sweeps * (heads - len(chosen))):
+        better = exchanges(local, choice, windows, limit, 6)[:1]
+        if not better or better[0][0] >= -1e-9 * abs(local.predict(choice)):
             break
-        choice = better
+        choice = better[0][1]
     return choice
-
-
-def _exchange(choice: Tensor, model: QuadraticModel, size: Tensor, limit: float, tries: int = 12) -> Tensor | None:
-    """A better choice in which one head grows and others shrink to pay for it; None when no attempt helps."""
-    growths = []
-    for target in range(1, len(size)):
-        allowed = (choice >= 0) & (choice < target)
-        gains = model.gains(choice, torch.where(allowed, target, choice))
-        growths += [(float(gains[h]), int(h), target) for h in allowed.nonzero()]
-    now = model.predict(choice)
-    for gain, head, target in sorted(growths, reverse=True)[:tries]:
-        if gain <= 0:
-            break
-        trial = choice.clone()
-        trial[head] = target
-        while float((size[trial.clamp_min(0)] * (trial >= 0)).sum()) > limit:
-            smaller = torch.where(trial > 0, trial - 1, trial)
-            freed = size[trial.clamp_min(0)] - size[smaller.clamp_min(0)]
-            loss = -model.gains(trial, smaller) / freed.clamp_min(1)
-            loss[(trial <= 0) | (torch.arange(len(trial)) == head)] = torch.inf
-            if not bool(torch.isfinite(loss).any()):
-                break
-            trial[int(loss.argmin())] -= 1
-        else:
-            if model.predict(trial) < now * (1 - 1e-9):
-                return trial
-    return None
 
 
 def candidates(
@@ -197,13 +118,12 @@ def candidates(
         mean_window: tokens per local head on average.
 
     Returns:
-        By name, `[heads]` window indices with -1 for global heads; the first is the default. All keep the same number
-        of
-        tokens: `count` global heads, and windows of `mean_window` on average.
+        By name, `[heads]` option indices, `len(windows)` for global heads; the first is the default. All keep the same
+        number of tokens: `count` global heads, and windows of `mean_window` on average.
     """
     middle = min(range(len(windows)), key=lambda w: abs(windows[w] - mean_window))
-    balanced = QuadraticModel.join([(text_rows, 1.0), (needle_rows, 1.0)])
-    retrieval = QuadraticModel.join([(text_rows, 1.0), (needle_rows, 3.0)])
+    balanced = quadratic([(text_rows, 1.0), (needle_rows, 1.0)])
+    retrieval = quadratic([(text_rows, 1.0), (needle_rows, 3.0)])
     # From the threshold on a gate counts: retrieval heads only; every gate that is open at all; none.
     mixtures = (
         ("retrieval gates", 0.5, balanced),
@@ -224,6 +144,6 @@ def candidates(
             add(f"{name}, windows for needles", choose_windows(chosen, retrieval, windows, mean_window))
         if threshold < 1 and windows[middle] <= mean_window:
             one = torch.full((len(gates),), middle)
-            one[list(chosen)] = -1
+            one[list(chosen)] = len(windows)
             add(f"{name}, one window", one)
     return found
