@@ -41,8 +41,12 @@ class PagePool:
         k: ``[num_pages, page_size, key_dim]``; v: ``[num_pages, page_size, value_dim]``. The tensors are replaced when
             the pool grows: fetch them anew at each use.
         refs: int32 ``[num_pages]`` on the host, the number of page-table entries that hold each page.
+        both_at_once: take both larger slabs before an old one goes. Takes more room while growing, and leaves nothing behind
+            when there is none.
         lock: held while pages are written or handed out; forks on other threads share the pool.
     """
+
+    both_at_once = False
 
     def __init__(
         self,
@@ -113,10 +117,15 @@ class PagePool:
                 grown = []
                 for name in ("k", "v"):
                     old = getattr(self, name)
-                    new = self._slab(rows, old.shape[2], old.dtype, old.device)
-                    new[: self.num_pages].copy_(old)
+                    room = old.untyped_storage().nbytes() // (old[0].numel() * old.element_size())
+                    if room >= rows:  # this slab had grown before there was no memory for the other one
+                        new = old.as_strided((rows, *old.shape[1:]), old.stride())
+                    else:
+                        new = self._slab(rows, old.shape[2], old.dtype, old.device)
+                        new[: self.num_pages].copy_(old)
                     grown.append(new)
-                    setattr(self, name, new[: self.num_pages])
+                    if not self.both_at_once:
+                        setattr(self, name, new[: self.num_pages])
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "alloc" not in str(error):
                     raise

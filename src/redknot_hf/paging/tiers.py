@@ -59,6 +59,8 @@ class FilePool(PagePool):
     the pool grows, so a full disk is an error then and never a crash at some later access.
     """
 
+    both_at_once = True
+
     def __init__(self, *args: Any, folder: str | os.PathLike[str] | None = None, **options: Any):
         self.folder = folder
         super().__init__(*args, **options)
