@@ -69,7 +69,7 @@ def test_equal_seeds_give_equal_profiles_and_other_seeds_other_figures(planted_m
     assert other.metadata["scores"] != profile.metadata["scores"]
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 3, 4])
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 5, 6])  # three scored prompts, two of the gates, one of the search
 def test_interrupted_and_resumed_equals_uninterrupted(
     planted_model, byte_tokenizer, profile, tmp_path, monkeypatch, stop_after
 ):

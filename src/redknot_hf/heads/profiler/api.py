@@ -7,7 +7,11 @@ result is a `HeadProfile` whose metadata says how it was made and what it costs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from ...errors import RedKnotError, shorten
 from ..profile import HeadProfile
@@ -104,7 +108,8 @@ def profile_heads(
     steps = 0 if method == "error" else gate_steps
     arguments = {
         "sink": sink, "windows": windows, "context": context, "seed": seed, "gate_steps": steps,
-        "gate_weight": gate_weight, "gate_window": gate_window, "load": repr(load),
+        "gate_weight": gate_weight, "gate_window": gate_window, "load": repr(load), "method": method,
+        "mean_window": mean_window,
     }  # fmt: skip
     state = Checkpoint(checkpoint, fingerprint(model, [*needles, *plain], arguments) if checkpoint else "")
 
@@ -131,6 +136,7 @@ def profile_heads(
             seed=seed, mode=prefill if load.deployed else "full", rounds=load.rounds, lengths=load.lengths, singles=load.singles,
             step=lambda: bar.update(1),
         )  # fmt: skip
+        search = replace(search, load=partial(_load_search, state), save=partial(_save_search, state))
         bar.set_description("full cache on held-out prompts")
         references: list[Prompts] = []
         for group in held_batches:
@@ -170,6 +176,18 @@ def profile_heads(
     )  # fmt: skip
     state.remove()
     return profile
+
+
+def _load_search(state: Checkpoint, key: str) -> Any:
+    """The best choice and the history of an interrupted search, or None."""
+    if key not in state.note:
+        return None
+    return state.tensors[key], list(state.note[key])
+
+
+def _save_search(state: Checkpoint, key: str, found: tuple[Tensor, list[dict[str, Any]]]) -> None:
+    state.tensors[key], state.note[key] = found[0].clone(), list(found[1])
+    state.save()
 
 
 def _check(

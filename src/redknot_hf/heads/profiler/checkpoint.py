@@ -1,8 +1,8 @@
 """State of an interrupted profiling run: one safetensors file, rewritten after every unit of work.
 
-A unit is one scored batch or a few gate steps. The file carries a fingerprint of everything that fixes the numbers
-(model shape and weights, tokenizer, texts, all arguments), so a run never continues from another run's state. No
-pickle.
+A unit is one scored batch, a few gate steps or a round of the search. The file carries a fingerprint of everything that
+fixes the numbers (model shape and weights, tokenizer, texts, all arguments), so a run never continues from another run's
+state. No pickle.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def select_profile(
         note["measured"] = dict(zip(names, costs, strict=True))
         finalists = {names[i]: options[i] for i in ranked[:_FINALISTS]}
         if method == "joint":
-            refined, history = refine(options[ranked[0]], mean_window * (len(cells) - count), search)
+            refined, history = refine(options[ranked[0]], mean_window * (len(cells) - count), search, f"{count} global")
             finalists = {"joint search": refined, **finalists}
             note.update(started_from=names[ranked[0]], search=history)
         best = next(iter(finalists))

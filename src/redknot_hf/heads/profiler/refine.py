@@ -42,6 +42,9 @@ def _combined(choice: Tensor, steps: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
+State = tuple[Tensor, list[dict[str, Any]]]
+
+
 @dataclass(frozen=True)
 class Search:
     """What a search may ask and how long it may take.
@@ -55,6 +58,7 @@ class Search:
         lengths: of the walk that are measured: the prediction is good near the start and cheap to overrun.
         singles: moves to measure per round beside the walk.
         step: called after every round.
+        load, save: of an interrupted search by its key: the best choice and the history so far.
     """
 
     windows: Sequence[int]
@@ -65,6 +69,8 @@ class Search:
     lengths: Sequence[int] = (1, 2, 3, 4, 6, 8, 12, 16, 24)
     singles: int = 24
     step: Callable[[], Any] = lambda: None
+    load: Callable[[str], State | None] = lambda key: None
+    save: Callable[[str, State], Any] = lambda key, state: None
 
 
 def search_on(
@@ -113,21 +119,27 @@ def search_on(
     return Search(windows, expand, cost, deployed, rounds, lengths, singles, step)
 
 
-def refine(choice: Tensor, limit: int, search: Search) -> tuple[Tensor, list[dict[str, Any]]]:
+def refine(choice: Tensor, limit: int, search: Search, key: str = "search") -> State:
     """Improve a map until no measured move helps or the rounds are spent.
 
     Args:
         choice: int64 `[heads]` option indices; `len(search.windows)` is global.
         limit: window tokens in all; kept.
         search: callbacks and limits.
+        key: under which the search is saved after every round and continued.
 
     Returns:
         the best choice, and per round what was measured: `{"round", "measured", "cost"}`.
     """
     windows, cost, singles = search.windows, search.cost, search.singles
-    best, lowest = choice, float(cost([choice])[0])
-    history: list[dict[str, Any]] = [{"round": 0, "measured": 1, "cost": lowest}]
-    for number in range(1, search.rounds + 1):
+    state = search.load(key)
+    if state is None:
+        state = choice, [{"round": 0, "measured": 1, "cost": float(cost([choice])[0])}]
+    best, history = state
+    lowest = history[-1]["cost"]
+    for number in range(len(history), search.rounds + 1):
+        if number > 1 and lowest >= history[-2]["cost"]:
+            break
         local = search.expand(best, number)
         path = walk(local, best, windows, limit, search.lengths[-1])
         trials = [path[n - 1] for n in search.lengths if n <= len(path)]
@@ -148,7 +160,6 @@ def refine(choice: Tensor, limit: int, search: Search) -> tuple[Tensor, list[dic
             if costs[i] < start:
                 best, lowest = trials[i], float(costs[i])
         history.append({"round": number, "measured": measured, "cost": lowest})
+        search.save(key, (best, history))
         search.step()
-        if lowest >= start:
-            break
     return best, history
