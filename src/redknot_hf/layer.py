@@ -49,8 +49,8 @@ class Step:
         self.thread = threading.get_ident()
         self.new: np.ndarray | None = None
         self.real: np.ndarray | None = None
-        self.fresh: torch.Tensor | None = None
         self.order: torch.Tensor | None = None
+        self._moves: dict[torch.device, tuple[torch.Tensor, ...]] = {}
         self.pattern: torch.Tensor | None = None
         self.lengths: dict[torch.device, kernel_path.Lengths] = {}
         self.reserved: set[int] = set()
@@ -88,17 +88,27 @@ class Step:
                 f"{real[:, : self.start].sum(1).tolist()} past tokens per row as real, {lens.tolist()} are stored. The "
                 "mask of past tokens must not change between calls"
             )
-        fresh = real[:, self.start :]
-        self.new = fresh.sum(1).astype(np.int64)
-        if not fresh.all():
-            self.real = fresh.copy()
-            self.fresh = torch.from_numpy(self.real).to(padding.device)
-            self.order = torch.argsort(~self.fresh, dim=1, stable=True)
-            self.back = torch.argsort(self.order, dim=1)
-            self.behind = ~self.fresh.gather(1, self.order)
+        new = real[:, self.start :]
+        self.new = new.sum(1).astype(np.int64)
+        if not new.all():
+            self.real = new.copy()
+            fresh = torch.from_numpy(self.real).to(padding.device)
+            self.order = torch.argsort(~fresh, dim=1, stable=True)
+            back = torch.argsort(self.order, dim=1)
+            behind = ~fresh.gather(1, self.order)
+            self._moves = {padding.device: (self.order, behind, back, ~fresh)}
 
-    def use_pattern(self, mask: Any) -> None:
+    def _moves_on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Order, padding behind it, its inverse and the padding columns, on a layer's device: copied once per forward."""
+        if device not in self._moves:
+            self._moves[device] = tuple(part.to(device, non_blocking=True) for part in next(iter(self._moves.values())))
+        return self._moves[device]
+
+    def use_pattern(self, mask: Any, device: torch.device) -> None:
         """Set `pattern` for a layer with this mask: sliding and full layers of one forward have different ones.
+
+        Args:
+            device: of the layer.
 
         Raises:
             UnsupportedModel: the mask has a pattern that the stored past cannot follow.
@@ -115,9 +125,9 @@ class Step:
                 "piece, pass a 2D padding mask, or use DynamicCache"
             )
         if isinstance(mask, RedKnotMask):
-            self.pattern = mask.dense()
+            self.pattern = mask.dense(device)
         else:
-            self.pattern = mask if mask.dtype == torch.bool else mask >= 0
+            self.pattern = (mask if mask.dtype == torch.bool else mask >= 0).to(device)
 
     @property
     def positions(self) -> np.ndarray:
@@ -130,15 +140,16 @@ class Step:
         """``[batch, heads, length, dim]`` with each row's real tokens first and zeros behind them."""
         if self.order is None:
             return x
-        moved = x.gather(2, self.order[:, None, :, None].expand_as(x))
-        return moved.masked_fill(self.behind[:, None, :, None], 0)
+        order, behind, _, _ = self._moves_on(x.device)
+        moved = x.gather(2, order[:, None, :, None].expand_as(x))
+        return moved.masked_fill(behind[:, None, :, None], 0)
 
     def expand(self, out: torch.Tensor) -> torch.Tensor:
         """The inverse of `compact` for ``[batch, length, heads, dim]``; padding rows are zero."""
         if self.order is None:
             return out
-        back = self.back[:, :, None, None].expand_as(out)
-        return out.gather(1, back).masked_fill(~self.fresh[:, :, None, None], 0)  # type: ignore[index]
+        _, _, back, padding = self._moves_on(out.device)
+        return out.gather(1, back[:, :, None, None].expand_as(out)).masked_fill(padding[:, :, None, None], 0)
 
 
 class Handle:
@@ -316,7 +327,7 @@ class RedKnotLayer(CacheLayerMixin):
         if self.kernel is not None and step.length == 1 and mask is None and not handle.stored and self._room_for_one():
             return self._decode_one(handle, query, scale, softcap or 0.0, s_aux)
         step.resolve(mask, self.pages.lens if self.pages is not None else np.zeros(step.batch, np.int64))
-        step.use_pattern(mask)
+        step.use_pattern(mask, self.device)
         self._check_window(step, mask)
         assert step.new is not None
         spec = AttentionSpec(scale, softcap or 0.0, s_aux, self.extra_window)
@@ -556,7 +567,9 @@ class RedKnotLayer(CacheLayerMixin):
         twin.__dict__.update(self.__dict__)
         twin.cache, twin.pending = cache, None
         twin.pages = self.pages.fork() if self.pages is not None else None
-        twin.kernel = kernel_path.KernelLayer(twin.pages) if twin.pages is not None and self.kernel is not None else None
+        twin.kernel = (
+            kernel_path.KernelLayer(twin.pages) if twin.pages is not None and self.kernel is not None else None
+        )
         return twin
 
     # the base class's own batch, crop and reorder methods work on dense tensors; RedKnotCache handles these for all layers

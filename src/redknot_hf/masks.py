@@ -97,15 +97,17 @@ class RedKnotMask:
         sliding = _is_sliding_overlay(function)
         self.window = int(arguments.get("local_size") or 0) if sliding else 0
         self.is_causal = function is causal_mask_function or sliding
-        self._dense: torch.Tensor | None = None
+        self._dense: dict[torch.device | None, torch.Tensor] = {}
 
-    def dense(self) -> torch.Tensor:
-        """The mask as bool ``[batch, 1, queries, keys]``, True where seen; built once."""
-        if self._dense is None:
+    def dense(self, device: torch.device | None = None) -> torch.Tensor:
+        """The mask as bool ``[batch, 1, queries, keys]``, True where seen; built once, and copied once per device."""
+        if None not in self._dense:
             arguments = dict(self.arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
             arguments["kv_length"] = int(arguments["kv_length"])
-            self._dense = sdpa_mask(**arguments)
-        return self._dense
+            self._dense[None] = sdpa_mask(**arguments)
+        if device not in self._dense:
+            self._dense[device] = self._dense[None].to(device)
+        return self._dense[device]
 
     # generate() calls contiguous() on masks it prepares for compileable caches, accelerate and the model call to()
     def contiguous(self) -> RedKnotMask:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from core_models import assert_same, forward, generate, global_cache, mixed_cache, padded, tiny, tokens
@@ -12,6 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from redknot_hf import kernel_path
+from redknot_hf.layer import Step
+from redknot_hf.masks import RedKnotMask
+from redknot_hf.paging import torch_attention
+from redknot_hf.paging.pages import LayerPages
+from redknot_hf.paging.pool import PagePool
+from redknot_hf.paging.torch_attention import AttentionSpec
 
 LAYERS = 3
 
@@ -139,3 +146,36 @@ def test_after_a_fork_is_gone_global_heads_are_read_in_place_again(llama, make):
     for layer in cache.paged_layers:
         assert not layer.pages.shared
         assert layer.pages.full_views() is not None or not len(layer.pages.full_heads)
+
+
+@pytest.mark.parametrize("model_window", [0, 6])
+def test_nan_kept_for_a_rollback_alone_reaches_nobody(model_window):
+    """What has left the window but not the ring is stored, and a weight of zero would not keep a NaN out."""
+    outs = []
+    for poison in (False, True):
+        pool = PagePool(4, 8, 8, torch.float32, torch.device("cpu"))
+        pages = LayerPages(pool, np.array([2, 2]), np.array([5, 8]), 1, rollback=9)
+        data = torch.randn(3, 1, 2, 30, 8, generator=torch.Generator().manual_seed(0))
+        data[1:, :, :, 12] = float("nan") if poison else 0.0
+        one = np.ones(1, np.int64)
+        for i in range(22):  # 12 is out of both windows, and in both rings
+            pages.prepare(one)
+            pages.write(data[1, :, :, i : i + 1], data[2, :, :, i : i + 1], one)
+            pages.advance(one)
+        outs.append(torch_attention.decode(pages, data[0, :, :, 21:22], AttentionSpec(0.3, model_window=model_window)))
+    assert outs[1].isfinite().all()
+    torch.testing.assert_close(outs[1], outs[0], atol=0, rtol=0)
+
+
+def test_padding_is_moved_on_the_device_of_the_layer():
+    """Layers of one model may be on several devices; the padding comes on that of the mask."""
+    step = Step(0, 4, 2)
+    padding = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
+    mask = RedKnotMask({"batch_size": 2, "q_length": 4, "kv_length": 4, "attention_mask": padding})
+    step.resolve(mask, np.zeros(2, np.int64))
+    x = torch.arange(2 * 4.0).view(2, 1, 4, 1)
+    assert step.compact(x)[0].flatten().tolist() == [2, 3, 0, 0]
+    assert torch.equal(step.expand(step.compact(x).transpose(1, 2))[0].flatten(), torch.tensor([0.0, 0, 2, 3]))
+    elsewhere = torch.empty(2, 1, 4, 1, device="meta")
+    assert step.expand(step.compact(elsewhere).transpose(1, 2)).device.type == "meta"
+    assert mask.dense(torch.device("meta")).device.type == "meta" and mask.dense().device.type == "cpu"
