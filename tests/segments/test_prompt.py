@@ -318,6 +318,71 @@ def test_what_a_selector_measures_is_right():
         assert (v[:, :, :end] - want.values[:, :, :end]).abs().max() < EXACT
 
 
+def test_a_share_of_the_layers_is_measured_without_running_the_others():
+    model = tiny("llama")
+    ran, seen = [], {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args, index=index: ran.append(index))
+        for index, layer in enumerate(model.model.layers)
+    ]
+
+    def spy(view):
+        seen[0.5] = view.query_attention(0.5)
+        seen["ran"] = list(ran)
+        seen[1.0] = view.query_attention()
+        seen["again"] = view.query_attention(0.5)
+        return -view.offsets().astype(float)
+
+    documents = [DOCUMENTS[0], DOCUMENTS[1], DOCUMENTS[3]]
+    prompt_of(model).add_many(documents)
+    prompt = prompt_of(model)
+    prompt.add_many(documents)
+    ran.clear()
+    built = prompt.build(documents, QUERY, 0.2, spy)
+    assert seen["ran"] == [0, 1]
+    assert seen["again"] is seen[0.5]
+    assert seen[0.5].sum() == pytest.approx(1.0, abs=1e-5)
+    assert np.abs(seen[0.5] - seen[1.0]).max() > 1e-4
+    for hook in hooks:
+        hook.remove()
+    # what the interrupted forward has left behind changes nothing
+    plain = prompt.build(documents, QUERY, 0.2, "boundary")
+    assert (logits_after(model, built) - logits_after(model, plain)).abs().max() < EXACT
+
+
+def test_a_build_fills_the_pages_that_it_hands_over(monkeypatch):
+    """No copy is made where heads keep everything; elsewhere there is one."""
+    model = tiny("llama")
+    handed = []
+    monkeypatch.setattr(
+        SpliceCache, "hand_over", lambda cache, tokens: handed.append([layer.in_place for layer in cache.layers])
+    )
+    for windowed in (False, True):
+        prompt_of(model, windowed).build(DOCUMENTS, QUERY, 0.2)
+    assert handed == [[True] * 4, [False] * 4]
+
+
+@pytest.mark.parametrize("query", [0, 1, 2, 7, 16, 17])
+def test_pages_behind_the_prompt_are_given_back(query):
+    """Pages hold 16 tokens; the last token of the prompt is not stored and may need a page of its own."""
+    model = tiny("llama")
+    query_ids = _random.integers(2, 97, query).tolist()
+    documents = [_random.integers(2, 97, 16 - len(HEADER)).tolist(), DOCUMENTS[0][:16]]
+    built = prompt_of(model).build(documents, query_ids, 1.0)
+    profile = profile_of(model, False)
+    plain = RedKnotCache(model.config, profile, page_size=16)
+    with torch.no_grad():
+        model(built["input_ids"][:, :-1], past_key_values=plain)
+    mine, other = built["past_key_values"].memory_report(), plain.memory_report()
+    assert mine.live - mine.tables == other.live - other.tables
+    assert deviation(model, built, profile) < EXACT
+    out = model.generate(**built, max_new_tokens=20, do_sample=False)
+    want = model.generate(
+        built["input_ids"], max_new_tokens=20, do_sample=False, past_key_values=DynamicCache(config=model.config)
+    )
+    assert torch.equal(out, want)
+
+
 def test_early_layers_and_boundary_reduce_the_drift():
     """Not a law of nature for one prompt, but over several it must show."""
     model = tiny("llama")

@@ -18,6 +18,7 @@ What this module does not know: stores, relocation, and how rows are computed.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -112,14 +113,24 @@ class PromptView:
             self._found["deviation", layer] = watch.result
         return self._found["deviation", layer]
 
-    def query_attention(self) -> np.ndarray:
-        """fp32 ``[N]``: attention of the query on each position, over the stored rows, mean over layers and heads."""
-        if "attention" not in self._found:
-            watch = _Attention(self.length)
+    def query_attention(self, share: float = 1.0) -> np.ndarray:
+        """fp32 ``[N]``: attention of the query on each position, over the stored rows, mean over layers and heads.
+
+        Args:
+            share: of the layers, from the first on; the later ones are not run.
+        """
+        last = max(1, round(share * len(self.cache.layers))) - 1
+        if ("attention", last) not in self._found:
+            watch = _Attention(self.length, last)
             positions = np.unique(np.concatenate([self.query, [self.length - 1]]))
-            self.run(positions, watch)
-            self._found["attention"] = watch.result()
-        return self._found["attention"]
+            with contextlib.suppress(_Enough):
+                self.run(positions, watch)
+            self._found["attention", last] = watch.result()
+        return self._found["attention", last]
+
+
+class _Enough(Exception):
+    """Ends a forward whose later layers nobody needs."""
 
 
 class _Deviation(Observer):
@@ -142,8 +153,8 @@ class _Deviation(Observer):
 
 
 class _Attention(Observer):
-    def __init__(self, length: int):
-        self.length = length
+    def __init__(self, length: int, last: int):
+        self.length, self.last = length, last
         self.total: torch.Tensor | None = None
         self.count = 0
 
@@ -153,6 +164,8 @@ class _Attention(Observer):
         mass = weights[0].mean((0, 1, 2))
         self.total = mass if self.total is None else self.total + mass
         self.count += 1
+        if layer.index >= self.last < len(layer.cache.layers) - 1:
+            raise _Enough
         values = layer.v[:, :, : self.length]
         out = weights.to(values.dtype).flatten(2, 3) @ values  # [batch, kv_heads, group * n, dim]
         return out.unflatten(2, (-1, len(rows))).flatten(1, 2).transpose(1, 2).to(q.dtype).contiguous()
