@@ -1,0 +1,172 @@
+"""Tables of the comparison with kvpress: what run_ours.py and run_kvpress.py measured, side by side.
+
+    python benchmarks/kvpress/compare.py benchmarks/results/kvpress
+
+Reads ours.jsonl and kvpress.jsonl there, checks that they are of the same prompts, and writes results.csv, results.json
+and table.md. Accuracy with Wilson's 95 % interval, KL with a bootstrap's. "difference" is ours minus the other's on the same
+prompts,
+with a bootstrap interval: where it excludes 0 one of the two is ahead. No row is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+from redknot_hf.eval.scoring import bootstrap, interval
+
+TITLES = {"single": "needle", "kv_short": "key-value", "ppl": "text"}
+OURS = "ours"
+
+
+def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return lines[0], lines[1:]
+
+
+def difference(ours: dict[int, float], other: dict[int, float], draws: int = 2000) -> tuple[float, float, float]:
+    """Mean of ours minus other over the prompts both have, with a paired bootstrap interval."""
+    both = [ours[i] - other[i] for i in sorted(ours.keys() & other.keys())]
+    rng = random.Random(0)
+    means = sorted(statistics.fmean(rng.choices(both, k=len(both))) for _ in range(draws))
+    return statistics.fmean(both), means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
+
+
+def verdict(low: float, high: float, lower_is_better: bool) -> str:
+    if low <= 0 <= high:
+        return "even"
+    return "ours" if (high < 0) == lower_is_better else "theirs"
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    measured = [row for row in rows if row["task"] in TITLES and "error" not in row]
+    keys = list(dict.fromkeys((row["level"], row["task"], row["method"]) for row in measured))
+    by = {key: [r for r in measured if (r["level"], r["task"], r["method"]) == key] for key in keys}
+    found = []
+    for level, task, method in sorted(keys, key=lambda key: (-key[0], list(TITLES).index(key[1]))):
+        group = by[level, task, method]
+        kl, hits = [r["kl"] for r in group], [float(r["hit"]) for r in group]
+        entry: dict[str, Any] = {"level": level, "task": TITLES[task], "method": method, "n": len(group)}
+        if task != "ppl":
+            low, high = interval(hits)
+            entry |= {"accuracy": statistics.fmean(hits), "accuracy_low": low, "accuracy_high": high}
+        low, high = bootstrap(kl, 2000)
+        entry |= {"kl": statistics.fmean(kl), "kl_low": low, "kl_high": high}
+        entry["top1"] = statistics.fmean(r["top1"] for r in group)
+        for size in ("allocated", "visible"):
+            entry[size] = statistics.fmean(r[size] / r["dense"] for r in group)
+        mine = by.get((level, task, OURS))
+        if mine and method != OURS:
+            for what, lower in (("kl", True), ("hit", False)):
+                if what == "hit" and task == "ppl":
+                    continue
+                mean, low, high = difference(
+                    {r["index"]: float(r[what]) for r in mine}, {r["index"]: float(r[what]) for r in group}
+                )
+                entry |= {f"{what}_difference": mean, f"{what}_difference_low": low, f"{what}_difference_high": high}
+                entry[f"{what}_ahead"] = verdict(low, high, lower)
+        found.append({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in entry.items()})
+    return found
+
+
+def markdown(entries: list[dict[str, Any]], padded: list[dict[str, Any]], heads: list[dict[str, Any]]) -> str:
+    lines = []
+    for level in sorted({e["level"] for e in entries}, reverse=True):
+        here = [e for e in entries if e["level"] == level]
+        methods = list(dict.fromkeys(e["method"] for e in here))
+        lines += [
+            f"Level {level:.0%} of the dense bytes:"
+            if level < 1
+            else "The full cache, and ours with every head global:",
+            "",
+            "| method | allocated | visible | needle | key-value | KL needle | KL key-value | KL text | ahead of it |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for method in methods:
+            of = {e["task"]: e for e in here if e["method"] == method}
+            first = next(iter(of.values()))
+            cells = [method, f"{first['allocated']:.0%}", f"{first['visible']:.0%}"]
+            for task in ("needle", "key-value"):
+                e = of.get(task)
+                cells.append(
+                    "-" if e is None else f"{e['accuracy']:.2f} [{e['accuracy_low']:.2f}, {e['accuracy_high']:.2f}]"
+                )
+            for task in ("needle", "key-value", "text"):
+                e = of.get(task)
+                cells.append("-" if e is None else f"{e['kl']:.3f} [{e['kl_low']:.3f}, {e['kl_high']:.3f}]")
+            words = []
+            for task, e in of.items():
+                for what in ("hit", "kl"):
+                    if f"{what}_ahead" in e:
+                        words.append(f"{task} {'accuracy' if what == 'hit' else 'KL'}: {e[f'{what}_ahead']}")
+            cells.append("; ".join(words))
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    if padded:
+        lines += [
+            "A prompt alone and as the padded row of a batch of two (level 50 %): KL between the two answers.",
+            "",
+            "| method | KL to itself alone | largest difference of a log-probability | answer right alone / padded |",
+            "|---|---|---|---|",
+        ]
+        for row in padded:
+            if "error" in row:
+                lines.append(f"| {row['method']} | {row['error']} | | |")
+                continue
+            lines.append(
+                f"| {row['method']} | {max(0.0, row['kl_from_alone']):.2g} | {row['max_difference']:.2g} | "
+                f"{'yes' if row['hit_alone'] else 'no'} / {'yes' if row['hit_padded'] else 'no'} |"
+            )
+        lines.append("")
+    for head in heads:
+        versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
+        lines.append(f"- {head['device']}, {head['dtype']}; {versions}: `{head['command']}`")
+        lines += [f"- {what}: {note}" for what, note in head.get("notes", {}).items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    (ours_head, ours), (their_head, theirs) = load(args.folder / "ours.jsonl"), load(args.folder / "kvpress.jsonl")
+    if ours_head["prompts"] != their_head["prompts"]:
+        raise SystemExit("ours.jsonl and kvpress.jsonl are of different prompts")
+    # Each side has a full cache of its own; where its answers differ, other differences mean little.
+    full = {
+        side: {(r["task"], r["index"]): r for r in rows if r["method"] == "full"}
+        for side, rows in (("ours", ours), ("theirs", theirs))
+    }
+    both = full["ours"].keys() & full["theirs"].keys()
+    apart = [key for key in both if full["ours"][key]["hit"] != full["theirs"][key]["hit"]]
+    gap = max((abs(full["ours"][k]["nll"] - full["theirs"][k]["nll"]) for k in both), default=0.0)
+    print(
+        f"full caches: {len(both)} prompts, {len(apart)} answered differently, largest difference of the mean NLL {gap:.2g}"
+    )
+    rows = [r for r in ours + theirs if r["task"] == "padded" or (r["task"], r["index"]) in both]
+    rows = [r for r in rows if not (r["method"] == "full" and r in theirs)]
+    entries = summarise(rows)
+    padded = [r for r in rows if r["task"] == "padded"]
+    errors = [r for r in rows if "error" in r and r["task"] != "padded"]
+    columns = list(dict.fromkeys(key for entry in entries for key in entry))
+    with (args.folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(entries)
+    text = markdown(entries, padded, [ours_head, their_head])
+    found = {
+        "full_caches": {"prompts": len(both), "answered_differently": len(apart), "largest_nll_difference": gap},
+        "ours": ours_head, "kvpress": their_head, "results": entries, "padded": padded, "errors": errors,
+    }  # fmt: skip
+    (args.folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    (args.folder / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
