@@ -3,9 +3,8 @@
     python benchmarks/kvpress/compare.py benchmarks/results/kvpress
 
 Reads ours.jsonl and kvpress.jsonl there, checks that they are of the same prompts, and writes results.csv, results.json
-and table.md. Accuracy with Wilson's 95 % interval, KL with a bootstrap's. "difference" is ours minus the other's on the same
-prompts,
-with a bootstrap interval: where it excludes 0 one of the two is ahead. No row is left out.
+and table.md. Accuracy with Wilson's 95 % interval, KL with a bootstrap's. "difference" is ours minus the other's on the
+same prompts, with a bootstrap interval: where it excludes 0 one of the two is ahead. No row is left out.
 """
 
 from __future__ import annotations
