@@ -41,9 +41,9 @@ types:
 	@$(PY) -m mypy
 
 docs:
-	@test -f mkdocs.yml || { echo "there is no mkdocs.yml yet: the documentation is in README.md and docs/" >&2; exit 1; }
 	@$(BOOTSTRAP) --extra docs
-	@$(PY) -m mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@echo "site/index.html"
 
 build:
 	@$(BOOTSTRAP) --extra dev
@@ -51,6 +51,6 @@ build:
 
 # The demo model in the user's cache folder stays: it is shared between checkouts.
 clean:
-	rm -rf $(VENV) build dist site demo_out *.egg-info src/*.egg-info
+	rm -rf $(VENV) .ci/venv .ci/transformers-* build dist site demo_out *.egg-info src/*.egg-info
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

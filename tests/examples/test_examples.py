@@ -11,7 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "examples"
 # Run by their owners' tests, because they take several processes.
-ELSEWHERE = {"tensor_parallel.py"}
+ELSEWHERE = {"tensor_parallel.py", "disaggregated.py"}
 
 
 def example(name):
