@@ -29,6 +29,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
+@pytest.fixture
+def own_tokenizer() -> PreTrainedTokenizerFast:
+    """For tests that change it."""
+    return make_tokenizer()
+
+
 @pytest.fixture(scope="session")
 def plain_tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer(chat=False)
