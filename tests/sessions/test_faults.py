@@ -405,7 +405,7 @@ def test_a_disk_that_is_really_full(tiny, profile, small_disk, monkeypatch):
     with pytest.raises(PoolExhausted, match=r"no room for .* bytes of cold pages"):
         feed(tiny, cold, prompt(1, 900))
     cold.reset()
-    assert torch.equal(steps(tiny, twin, 3), steps(tiny, make(tiny, profile, 1, 40, cold="disk"), 3))
+    assert torch.equal(steps(tiny, twin, 3), steps(tiny, make(tiny, profile, 1, 40, cold="cpu"), 3))
 
 
 def test_no_memory_to_load(tiny, profile, tmp_path, monkeypatch):

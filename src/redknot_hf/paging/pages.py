@@ -45,6 +45,8 @@ class LayerPages:
     """
 
     far: Any = None
+    _room: int
+    _releases: int
     quantised = False  # whether some pages are not in the pool, and not in its dtype (`frozen.FrozenPages`)
     needs_pool = False  # whoever attends reads the pool alone (the Triton kernels)
 
