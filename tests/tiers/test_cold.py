@@ -194,6 +194,35 @@ def test_fewer_pages_are_read_and_the_result_stays_close(tiny):
     assert few.layers[2].pages.far.fetched == 2 * 3  # two heads: two pages and the first one
 
 
+@pytest.mark.parametrize("retrieve", [2, 0.9])
+def test_a_step_fetches_what_is_new_in_its_choice(tiny, retrieve, monkeypatch):
+    """Picked pages stay for the next step, through crops, forks and beams; the result is that of fetching all anew."""
+    from redknot_hf.paging import tiers
+
+    profile = HeadProfile(3, 2, [["retrieval"] * 2] * 3, 0, 0)
+    found, fetched = [], []
+    for keep in (True, False):
+        if not keep:
+            monkeypatch.setattr(tiers._Nearby, "reader", lambda self, far, wanted, device: far._fetch)
+        cache = make(tiny, profile, 2, 300, cold="cpu", retrieve=retrieve, near_tokens=16)
+        logits = [steps(tiny, cache, 12)]
+        if keep:
+            held = cache.layers[0].pages.nearby_bytes
+            report = cache.memory_report()
+            assert held > 0 and report.hot >= 3 * held / 2 and report.live == report.hot + report.cold
+        cache.reorder_cache(torch.tensor([1, 1]))
+        logits.append(steps(tiny, cache, 6))
+        cache.crop(-15)
+        feed(tiny, cache, prompt(2, 20, seed=8))
+        logits.append(steps(tiny, cache.fork(), 6))
+        cache.offload()
+        logits.append(steps(tiny, cache, 6))
+        found.append(torch.cat(logits, 1))
+        fetched.append(sum(layer.pages.far.fetched for layer in cache.layers))
+    assert torch.equal(*found)
+    assert fetched[0] < 0.8 * fetched[1]
+
+
 # ---------------------------------------------------------------------------------- local heads: what left is there
 @pytest.mark.parametrize("kind", KINDS)
 def test_local_heads_see_the_same_with_and_without(tiny, profile, kind):
