@@ -13,7 +13,8 @@ reference is a full prefill of the same ids with the same model. Measured for ev
   correct   of the prompts where the full prefill's greedy answer contains the gold answer: share whose greedy answer is
             the same up to there (stricter than answering correctly)
   gold      share of prompts whose own greedy answer contains the gold answer, whatever words surround it; only for
-            --generate, because it decodes token by token. Compare with the line "full".
+            --generate, because it decodes token by token. Compare with full_gold, the same of the full prefill.
+  kept      of the prompts where the full prefill's answer contains the gold answer: share where the variant's own does
   rows      share of the documents' rows that were computed anew
   work      share of the documents' (row, layer) pairs computed anew, layers that a selector ran over all rows included
 
@@ -214,7 +215,7 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     return float(values.mean()), float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))
 
 
-MEASURES = ("kl", "top1", "kl_own", "first", "agree", "correct", "gold", "rows", "work", "early")
+MEASURES = ("kl", "top1", "kl_own", "first", "agree", "correct", "gold", "full_gold", "kept", "rows", "work", "early")
 
 
 def summarize(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -225,7 +226,7 @@ def summarize(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (name, ratio), rows in groups.items():
         line: dict[str, Any] = {"variant": name, "ratio": ratio, "n": len(rows)}
         for measure in MEASURES:
-            mean, low, high = interval(np.array([row[measure] for row in rows], float))
+            mean, low, high = interval(np.array([row.get(measure, float("nan")) for row in rows], float))
             line[measure] = round(mean, 5)
             if measure not in ("rows", "work", "early"):
                 line[measure + "_low"], line[measure + "_high"] = round(low, 5), round(high, 5)
@@ -278,9 +279,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--blend", nargs="+", metavar="B:L:A:D", help="more: boundary:layer:attention:deviation")
     parser.add_argument("--profile", help="head map of the head-wise variants; default: shipped, else spread")
     parser.add_argument(
-        "--generate", nargs="*", default=["full", "ours"], help="variants that answer on their own, too"
+        "--generate", nargs="*", default=["boundary", "ours"], help="variants that answer on their own, too"
     )
     parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--max-seconds", type=float, help="begin no further prompt after this time")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -314,6 +316,8 @@ def main() -> None:
             plan = [(v, r) for v in variants for r in (v.ratios or args.ratios) if (prompt["i"], v.name, r) not in done]
             if not plan:
                 continue
+            if args.max_seconds and time.time() - begin > args.max_seconds:
+                break
             query = f"Question: {prompt['question']}{tail}"
             gold = tokenizer(prompt["answer"], add_special_tokens=False)["input_ids"]
             makers = {False: behind, True: alone}
@@ -345,8 +349,11 @@ def main() -> None:
                     "full_answer": text,
                     "gold_answer": prompt["answer"],
                 }
+                record["full_gold"], record["kept"] = float(reached > 0), float("nan")
                 if text_of_its_own is not None:
                     record["gold"] = float(prompt["answer"].lower() in text_of_its_own.lower())
+                    if reached:
+                        record["kept"] = record["gold"]
                 records.append(record)
                 file.write(json.dumps(record) + "\n")
                 file.flush()
@@ -408,10 +415,12 @@ def report(args: argparse.Namespace, table: list[dict[str, Any]], profile: HeadP
         "first",
         "correct",
         "gold",
+        "full_gold",
+        "kept",
     )
-    print(f"{'variant':<24}" + "".join(f"{column:>9}" for column in columns))
+    print(f"{'variant':<24}" + "".join(f"{column:>10}" for column in columns))
     for line in sorted(table, key=lambda line: (line["ratio"], line["kl"])):
-        print(f"{line['variant']:<24}" + "".join(f"{line[column]:>9.4g}" for column in columns))
+        print(f"{line['variant']:<24}" + "".join(f"{line[column]:>10.4g}" for column in columns))
     try:
         draw(table, args.out / "quality.png", f"{args.model}, HotpotQA, {device}, {facts['date']}")
     except ImportError:

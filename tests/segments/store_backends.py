@@ -15,8 +15,8 @@ from redknot_hf.segments.codec import SegmentEntry
 from redknot_hf.segments.keys import SegmentKey
 from redknot_hf.segments.stores import SegmentStore
 
-KINDS = ["memory", "file", "fsspec-object", "fsspec-renamed", "valkey", "mooncake"]
-SERVER_KINDS = ["valkey", "mooncake"]
+KINDS = ["memory", "file", "fsspec-object", "fsspec-renamed", "s3", "valkey", "mooncake"]
+SERVER_KINDS = ["s3", "valkey", "mooncake"]
 SHARED_KINDS = ["file", "fsspec-renamed", "valkey", "mooncake"]
 
 ALL_DTYPES = [
@@ -73,6 +73,24 @@ def make_backend(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> B
             {},
             lambda n: fs.cat_file(obj(n)) if fs.exists(obj(n)) else None,
             lambda n, b: fs.pipe_file(obj(n), b),
+        )
+    if kind == "s3":
+        endpoint = request.getfixturevalue("s3_server")
+        import s3fs
+
+        options = dict(key="k", secret="s", client_kwargs={"endpoint_url": endpoint})
+        files, bucket = s3fs.S3FileSystem(use_listings_cache=False, **options), f"bucket-{uuid.uuid4().hex[:12]}"
+        files.mkdir(bucket)
+
+        def key(name: str) -> str:
+            return f"{bucket}/prefix/{name[:2]}/{name}.safetensors"
+
+        return Backend(
+            kind,
+            f"s3://{bucket}/prefix",
+            {"storage_options": options},
+            lambda n: files.cat_file(key(n)) if files.exists(key(n)) else None,
+            lambda n, b: files.pipe_file(key(n), b),
         )
     if kind == "valkey":
         server = request.getfixturevalue("valkey_server")

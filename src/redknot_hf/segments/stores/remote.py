@@ -15,6 +15,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from redknot_hf.errors import MissingExtraError, RedKnotError
@@ -31,6 +32,7 @@ _NAME = re.compile(r"([0-9a-f]{64})\.safetensors", re.ASCII)
 _TEMP = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]+\.tmp", re.ASCII)
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "hf", "memory"}
 _STALE_SECONDS = 3600.0
+_READERS = 8
 
 
 class FsspecStore(BytesStore):
@@ -93,6 +95,12 @@ class FsspecStore(BytesStore):
             raise CorruptEntry("truncated: 0 bytes")
         return data
 
+    def _load_many(self, names: Sequence[str]) -> Sequence[Any]:
+        if len(names) < 2:
+            return super()._load_many(names)
+        with ThreadPoolExecutor(min(_READERS, len(names))) as pool:  # one request is far slower than the network
+            return list(pool.map(self._read_or_say, names))
+
     def _write(self, name: str, parts: Sequence[memoryview], nbytes: int) -> None:
         if self.max_bytes is not None:
             for victim in self._victims(self._records(), nbytes, name):
@@ -118,6 +126,8 @@ class FsspecStore(BytesStore):
         return self._call("look-up", lambda: self._fs.isfile(self._path(name)))
 
     def _remove(self, name: str) -> bool:
+        if self._atomic and not self._has(name):  # deleting what is not there is no error to an object store
+            return False
         try:
             self._call("delete", lambda: self._fs.rm_file(self._path(name)))
         except FileNotFoundError:
