@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from . import commands
 from .errors import RedKnotError
@@ -32,17 +33,30 @@ _EPILOG = """\
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Lets a command put in what may be left out of its arguments, before they are read."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        arguments = list(sys.argv[1:] if args is None else args)
+        if arguments and arguments[0] in commands.available():
+            complete = getattr(commands.load(arguments[0]), "complete", list)
+            arguments[1:] = complete(arguments[1:])
+        return super().parse_known_args(arguments, namespace)
+
+
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """The parser of the whole command line.
 
     Args:
         only: import and declare this one subcommand (None: all of them, which `--help` needs).
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="redknot", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"redknot-hf {_version()}")
-    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    subparsers = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", parser_class=argparse.ArgumentParser
+    )
     for name in commands.available() if only is None else [only]:
         module = commands.load(name)
         subparser = subparsers.add_parser(
@@ -73,9 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # The common case needs one subcommand's imports, not seven.
         only = arguments[0] if arguments and arguments[0] in commands.available() else None
-        complete = getattr(commands.load(only), "complete", None) if only else None
-        if complete is not None:
-            arguments[1:] = complete(arguments[1:])
         parser = build_parser(only)
         args = parser.parse_args(arguments)
         if args.command is None:
