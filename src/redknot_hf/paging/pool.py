@@ -28,6 +28,17 @@ def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(values).to(device, non_blocking=True)
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "alloc" in str(error)
+
+
+def _free_bytes(device: torch.device) -> str:
+    """What a message can say about the memory that is left."""
+    if device.type == "cuda":
+        return f"{torch.cuda.mem_get_info(device)[0]:,} are free"
+    return "the host has less"
+
+
 class PagePool:
     """Pages of one (device, dtype, head_dim).
 
@@ -60,8 +71,17 @@ class PagePool:
         self.page_size, self.capacity = page_size, capacity
         self.lock = threading.RLock()
         rows = 1 + (capacity or 0)
-        self.k = self._slab(rows, key_dim, dtype, device)
-        self.v = self._slab(rows, value_dim, dtype, device)
+        try:
+            self.k = self._slab(rows, key_dim, dtype, device)
+            self.v = self._slab(rows, value_dim, dtype, device)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise PoolExhausted(
+                f"no memory on {device} for {rows} pages of fixed memory "
+                f"({rows * page_size * (key_dim + value_dim) * dtype.itemsize:,} bytes, {_free_bytes(device)}): use a "
+                "smaller max_cache_len or batch, or a profile with fewer global heads"
+            ) from error
         self.refs = np.zeros(rows, np.int32)
         self.refs[0] = 1
         self.releases = 0  # how often references were dropped: whoever shares pages may be alone since
@@ -108,7 +128,8 @@ class PagePool:
             if self.capacity is not None:
                 raise PoolExhausted(
                     f"the page pool needs {count} free pages ({count * self.page_bytes:,} bytes) but only {self.num_free} "
-                    f"of its {self.capacity} are free; make max_cache_len larger, the batch smaller, or release other caches first"
+                    f"({self.num_free * self.page_bytes:,} bytes) of its {self.capacity} are free; make max_cache_len larger, "
+                    "the batch smaller, or release other caches first"
                 )
             if spare is None:
                 spare = count * (SPARE_TOKENS // self.page_size)
@@ -127,12 +148,14 @@ class PagePool:
                     if not self.both_at_once:
                         setattr(self, name, new[: self.num_pages])
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "alloc" not in str(error):
+                if not _is_out_of_memory(error):
                     raise
+                if rows > self.num_pages + missing:  # what is needed may still fit
+                    return self.reserve(count, spare=0)
                 raise PoolExhausted(
                     f"no memory on {self.k.device} to grow the page pool from {self.num_pages} to {rows} pages "
-                    f"({rows * self.page_bytes:,} bytes): use a profile with fewer global heads, a shorter context or a "
-                    "smaller batch, or reset() caches that are no longer needed"
+                    f"({rows * self.page_bytes:,} bytes, {_free_bytes(self.k.device)}): use a profile with fewer global "
+                    "heads, a shorter context or a smaller batch, or reset() caches that are no longer needed"
                 ) from error
             self.k, self.v = grown
             more = rows - self.num_pages
