@@ -7,7 +7,6 @@ The cache owns the page pools, counts the tokens of the whole model and does for
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import threading
 from collections.abc import Iterable
@@ -19,25 +18,25 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from . import compat
 from .errors import CacheError, RedKnotError, UnsupportedModel
+from .forwards import Forwards
 from .heads import HeadProfile
 from .heads.model_shape import text_config
-from .heads.order import in_order_of
-from .kernel_path import Lengths
-from .layer import Handle, RedKnotLayer, Step, effective_window
-from .memory import MemoryReport
-from .paging.frozen import FrozenPages, kv_dtype_of
-from .paging.pages import KEEP_ALL, LayerPages
-from .paging.pool import SPARE_TOKENS, PagePool
+from .layer import RedKnotLayer
+from .memory import MemoryReport, report_on
+from .paging.frozen import kv_dtype_of
+from .paging.pages import KEEP_ALL
+from .paging.pool import PagePool
 from .paging.tiers import NEAR_TOKENS, ColdTier, lost_tokens
-from .static import StaticRedKnotLayer, StaticState
-
-logger = logging.getLogger(__name__)
+from .served import check_served, is_chunked, resolve_profile
+from .static import StaticRedKnotLayer
+from .step import Step
+from .windows import effective_window
 
 FREEZE_TOKENS = 128  # a cache with kv_dtype quantises after this many tokens, or after an eighth more
 RECORDING_ROLLBACK = 64  # ring slots that assisted decoding gets: more than any default number of drafted tokens
 
 
-class RedKnotCache(Cache):
+class RedKnotCache(Forwards, Cache):
     """A cache that keeps, for each KV head, the tokens that head needs.
 
     Args:
@@ -102,7 +101,7 @@ class RedKnotCache(Cache):
         if tp_rank is None or tp_size is None or not 0 <= tp_rank < tp_size:
             raise RedKnotError(f"tp_rank={tp_rank}, tp_size={tp_size}: expected 0 <= tp_rank < tp_size, or neither")
         self.config = text_config(config)
-        self.profile = _resolve_profile(config, profile)
+        self.profile = resolve_profile(config, profile)
         if self.profile is not None and self.profile.num_kv_heads % tp_size:
             raise RedKnotError(
                 f"tp_size={tp_size}: the model has {self.profile.num_kv_heads} KV heads per layer, which do not divide "
@@ -112,8 +111,6 @@ class RedKnotCache(Cache):
             raise RedKnotError(f"max_cache_len={max_cache_len!r}: expected a number of tokens, or None to grow")
         self.prefill, self.page_size, self.rollback = prefill, page_size, rollback
         self.limit = max_cache_len
-        self._states: dict[torch.device, StaticState] = {}
-        self._budget = 0  # tokens that surely still fit into a static cache
         self.tp_rank, self.tp_size = tp_rank, tp_size
         self.cold = cold
         self.tier = None if cold == "drop" else ColdTier(cold, retrieve, near_tokens)
@@ -125,14 +122,8 @@ class RedKnotCache(Cache):
             raise RedKnotError(f"kv_dtype={kv_dtype!r} with {other}: there, tokens stay in the model's dtype; use one")
         self.frozen_until = 0  # tokens that the latest `freeze` has seen
         self.recording = False
-        self.seen = 0
-        self.padding: list[tuple[int, np.ndarray]] = []  # (first column, bool [batch, columns]) of chunks with padding
-        self.step: Step | None = None
-        self.running: str | None = None  # the attention implementation of the forward that runs
-        self.last_handle: Handle | None = None
-        self._device_lens: dict[torch.device, torch.Tensor] = {}
+        self._start()
         self._pools: dict[tuple[int, torch.device, torch.dtype, int, int], PagePool] = {}
-        self._lock = threading.Lock()
 
         template = DynamicCache(config=self.config).layers
         if not template:
@@ -150,7 +141,7 @@ class RedKnotCache(Cache):
             fixed = StaticCache(config=self.config, max_cache_len=max_cache_len).layers
         # not super(): a subclass may also be a DynamicCache, whose own __init__ makes other layers
         Cache.__init__(self, layers=[self._layer(i, plain, fixed[i]) for i, plain in enumerate(template)])
-        self._check_served()
+        check_served(self)
 
     @classmethod
     def for_model(cls, model: Any, profile: HeadProfile | str | None = None, **options: Any) -> RedKnotCache:
@@ -160,39 +151,13 @@ class RedKnotCache(Cache):
 
     def _layer(self, index: int, plain: Any, fixed: Any) -> Any:
         """Pages instead of an ordinary attention layer; linear, chunked, indexed and others stay what they are."""
-        sliding = type(plain) is DynamicSlidingWindowLayer and not _is_chunked(self.config, index)
+        sliding = type(plain) is DynamicSlidingWindowLayer and not is_chunked(self.config, index)
         if type(plain) is not DynamicLayer and not sliding:
             return fixed
         window = plain.sliding_window if sliding else None
         if self.limit is not None:
             return StaticRedKnotLayer(self, index, window, self.limit)
         return RedKnotLayer(self, index, window)
-
-    def _check_served(self) -> None:
-        """A profile must not be ignored without a word: say which layers with local heads are not served from pages.
-
-        Raises:
-            UnsupportedModel: none is served.
-        """
-        if self.profile is None:
-            return
-        # (up to transformers 5.20 layers that share an earlier one's keys have no entry in a cache)
-        rows = self.profile.head_class[: len(self.layers)]
-        local = [index for index, row in enumerate(rows) if "local" in row]
-        unserved = [index for index in local if not isinstance(self.layers[index], RedKnotLayer)]
-        if not unserved:
-            return
-        kinds = ", ".join(sorted({type(self.layers[index]).__name__ for index in unserved}))
-        if not self.paged_layers:
-            raise UnsupportedModel(
-                f"{type(self.config).__name__}: transformers keeps its keys and values in {kinds}, which a RedKnotCache "
-                "does not serve; use DynamicCache, or HeadProfile.all_global(config)"
-            )
-        _log_once(
-            f"layers {unserved} of {type(self.config).__name__} are kept by transformers ({kinds}): local heads there keep "
-            "what the model keeps",
-            logging.WARNING,
-        )
 
     @property
     def paged_layers(self) -> list[RedKnotLayer]:
@@ -228,18 +193,6 @@ class RedKnotCache(Cache):
         sink = np.where(window >= KEEP_ALL, 0, sink)
         return effective_window(sink, window, model_window)
 
-    def new_pages(self, layer: RedKnotLayer) -> LayerPages:
-        """Empty page tables for an initialised layer."""
-        pool = self.pool(layer)
-        runs = layer.device.type == "cpu"
-        geometry = (layer.sink, layer.window, layer.batch_size, layer.rollback)
-        if self.tier is None:
-            return LayerPages(pool, *geometry, contiguous=runs)
-        first, count = self.tp_rank * layer.num_heads, layer.num_heads
-        classes = [] if self.profile is None else self.profile.head_class[layer.index][first : first + count]
-        far = [head for head, kind in enumerate(classes) if kind == "retrieval" and layer.window[head] >= KEEP_ALL]
-        return self.tier.pages(pool, *geometry, np.array(far, np.int64), runs)
-
     def set_profile(self, profile: HeadProfile | str) -> None:
         """Change head classes, sinks and windows of a cache in use; heads get back from the cold tier what they lack.
 
@@ -251,7 +204,7 @@ class RedKnotCache(Cache):
         """
         from .sessions.profile_change import change_profile
 
-        change_profile(self, _resolve_profile(self.config, profile))
+        change_profile(self, resolve_profile(self.config, profile))
 
     def dropped_tokens(self) -> list[list[int]]:
         """Tokens that are kept nowhere any more, ``[layers][kv_heads]``, summed over the rows."""
@@ -261,184 +214,7 @@ class RedKnotCache(Cache):
             for layer in self.layers
         ]
 
-    def pool(self, layer: RedKnotLayer) -> PagePool:
-        """Where an initialised layer's pages come from."""
-        return self._pool_for(layer.index, layer)
-
-    def _pool_for(self, index: int, alike: RedKnotLayer) -> PagePool:
-        """The pool of layer ``index`` if its keys and values are like those of ``alike``.
-
-        Every layer has its own, so that growing holds one layer twice and not the whole cache. Layers in front of a cold
-        tier share one, as they share the pool behind it.
-        """
-        alone = self.tier is None
-        key = (index if alone else -1, alike.device, alike.dtype, alike.key_dim, alike.value_dim)
-        if key not in self._pools:
-            if alone:  # made ahead by `reserve` for a layer that turned out different
-                self._pools = {other: pool for other, pool in self._pools.items() if other[0] != index}
-            self._pools[key] = PagePool(self.page_size, alike.key_dim, alike.value_dim, alike.dtype, alike.device)
-        return self._pools[key]
-
-    def join_step(self, layer: RedKnotLayer, length: int) -> Step:
-        """The forward that ``layer`` takes part in with ``length`` tokens; its first layer begins it.
-
-        Raises:
-            CacheError: the forward before was interrupted, its keys were not consumed, or another thread is inside.
-        """
-        with self._lock:
-            last = self.last_handle
-            if last is not None and not last.stored and not self.defers:
-                if last.step is self.step and last.step.thread != threading.get_ident():
-                    self._refuse_second_thread()
-                self._refuse_unconsumed(last)
-            if layer.seen == self.seen:
-                self._begin(length, layer)
-            step = self.step
-            if step is None or layer.seen != step.start or step.length != length:
-                raise CacheError(
-                    f"layer {layer.index} holds {layer.seen} tokens and gets {length}, the other layers hold "
-                    f"{self.seen}: an earlier forward was interrupted, or another thread uses this cache, too. Call "
-                    "cache.reset() and feed the prompt again; give each thread its own cache or a fork()"
-                )
-            if step.thread != threading.get_ident():
-                self._refuse_second_thread()
-            layer.seen += length
-            return step
-
-    def _begin(self, length: int, layer: RedKnotLayer) -> None:
-        if self.seen and length > self.seen and getattr(self.config, "use_cache", True) is False:
-            raise CacheError(
-                f"{type(self.config).__name__}.use_cache is False, so generate() feeds all {length} tokens again at every "
-                "step: set model.config.use_cache = True, or generate without a cache"
-            )
-        self.announce(length)
-        self._pull()
-        if self.seen:
-            behind = [other.index for other in self.paged_layers if other.seen not in (0, self.seen)]
-            missing = [o.index for o in self.paged_layers if o.seen == 0 and o.is_initialized]
-            if behind or missing or (self.step and self.step.new is None):
-                raise CacheError(
-                    f"the forward before stopped before layer {(behind or missing or [layer.index])[0]}, or another thread "
-                    "is inside it: call cache.reset() and feed the prompt again, or give each thread its own cache"
-                )
-        if self.defers:
-            self.flush()
-        self._remember_padding()
-        if self.kv_dtype is not None and self.seen - self.frozen_until >= max(FREEZE_TOKENS, self.frozen_until // 8):
-            self.freeze()
-        self.step = Step(self.seen, length, layer.batch_size)
-        self.seen += length
-
-    def abandon(self, step: Step) -> None:
-        """A forward was refused: if no layer has stored anything yet, the cache is again as it was before it."""
-        with self._lock:
-            if step is not self.step or step.stored or self._states or step.thread != threading.get_ident():
-                return
-            for layer in self.paged_layers:
-                if step.start:
-                    layer.seen, layer.pending = min(layer.seen, step.start), None
-                else:
-                    layer.reset()
-            if not step.start:
-                self._drop_pools()
-            self.seen, self.step, self.last_handle = step.start, None, None
-
-    @staticmethod
-    def _refuse_second_thread() -> None:
-        raise CacheError(
-            "two threads use one RedKnotCache at the same time: give each its own cache or a fork(). If the other thread "
-            "fails, too, call cache.reset() before using this one again"
-        )
-
-    def _refuse_unconsumed(self, handle: Handle) -> None:
-        layer = handle.layer
-        raise CacheError(
-            f"the keys that layer {layer.index} staged were never attended to: the model does not run "
-            "attn_implementation='redknot' (load it so, or call model.set_attn_implementation('redknot') and build the "
-            "cache from model.config), or its attention changes the keys after the cache, which a RedKnotCache cannot "
-            "serve. Call cache.reset() before using the cache again"
-        )
-
     # ------------------------------------------------------------------------------------------- the static form
-    def static_state(self, device: torch.device, batch: int) -> tuple[StaticState, bool]:
-        """The counts of ``device``, and whether the asking layer is the first there (it counts each step)."""
-        known = device in self._states
-        if not known:
-            assert self.limit is not None
-            self._states[device] = StaticState(device, batch, self.limit)
-        return self._states[device], not known
-
-    def settle_states(self) -> None:
-        """A forward is through: the next one may be a decode step."""
-        for state in self._states.values():
-            state.decoding = state.started
-
-    def announce(self, tokens: int) -> None:
-        """``tokens`` more are coming: refuse what a static cache cannot hold, before anything is stored.
-
-        It may be called more often than tokens come. Only when that count has used up what surely fits is the device
-        asked, so a decode step waits for nothing.
-
-        Raises:
-            CacheError: more tokens than ``max_cache_len``.
-        """
-        if self.limit is None:
-            return
-        self._budget -= tokens
-        if self._budget >= 0:
-            return
-        seen = int(next(iter(self._states.values())).seen) if self._states else 0
-        if seen + tokens > self.limit:
-            raise CacheError(
-                f"the cache holds at most max_cache_len={self.limit} tokens: {seen} are stored and {tokens} come. "
-                "Build it with a larger max_cache_len (prompt + new tokens), or without one"
-            )
-        self._budget = self.limit - seen - tokens
-
-    def _pull(self) -> None:
-        """Learn what compiled steps have counted on the device."""
-        if not self._states:
-            return
-        self.seen, lens = next(iter(self._states.values())).pull()
-        for layer in self.paged_layers:
-            layer.seen = self.seen
-            if layer.pages is not None:
-                layer.pages.advance(lens - layer.pages.lens)
-
-    def reserve(self, layer: RedKnotLayer, step: Step) -> None:
-        """Grow the pools of all layers before the first of a forward stores anything, so that none fails half way.
-
-        Not for a decode step, where layers take pages one by one, and not for layers that are new and may be on another
-        GPU than this one.
-
-        Raises:
-            PoolExhausted: nothing of this forward has been stored then.
-        """
-        assert layer.pages is not None and step.new is not None
-        if id(layer.pages.pool) in step.reserved:
-            return
-        if step.length == 1 and step.start:
-            step.reserved.add(id(layer.pages.pool))
-            return
-        alike = layer.pages
-        one_device = layer.device.type != "cuda" or self.tp_size > 1 or torch.cuda.device_count() == 1
-        wanted: dict[int, tuple[PagePool, int]] = {}
-        for other in self.paged_layers:
-            if other.pages is not None:
-                pool = other.pages.pool
-                count = max(0, other.pages.pages_wanted(step.new) - int((other.pages.table > 0).sum()))
-            elif other.is_sliding == layer.is_sliding and not step.start and one_device:
-                pool = self._pool_for(other.index, layer)
-                sink, window, _ = self.geometry(other.index, layer.num_heads, other.model_window)
-                empty = LayerPages(pool, sink, window, layer.batch_size, layer.rollback, alike.contiguous)
-                count = empty.pages_wanted(step.new)
-            else:
-                continue
-            wanted[id(pool)] = (pool, wanted.get(id(pool), (pool, 0))[1] + count)
-        for pool, count in wanted.values():
-            pool.reserve(count, spare=count * SPARE_TOKENS // step.length)
-        step.reserved.update(wanted)
-
     def adopt(self, layers: Iterable[tuple[torch.Tensor, torch.Tensor] | None], tokens: int) -> None:
         """Take over keys and values that were computed elsewhere; local heads keep what the rule lets them keep.
 
@@ -469,50 +245,6 @@ class RedKnotCache(Cache):
             layer.adopt(k, v, step)
         self.seen = tokens
 
-    def lengths(self, step: Step, before: np.ndarray, device: torch.device) -> Lengths:
-        """Tokens stored around ``step``, on ``device``; counted there, uploaded only after rows were changed."""
-        if device not in step.lengths:
-            fed = None if step.order is None else Lengths.upload(step.new, device)  # type: ignore[arg-type]
-            state = self._states.get(device)
-            if state is not None:  # the static form counts in place
-                step.lengths[device] = Lengths(state.before, state.after, fed)
-                return step.lengths[device]
-            start = self._device_lens.get(device)
-            if start is None:
-                start = Lengths.upload(before, device)
-            self._device_lens[device] = start + (step.length if fed is None else fed)
-            step.lengths[device] = Lengths(start, self._device_lens[device], fed)
-        return step.lengths[device]
-
-    def real_columns(self, batch: int, columns: int) -> np.ndarray:
-        """Which logical columns hold real tokens, bool ``[batch, columns]``."""
-        real = np.ones((batch, columns), bool)
-        chunks = list(self.padding)
-        if self.step is not None and self.step.real is not None:
-            chunks.append((self.step.start, self.step.real))
-        for start, fresh in chunks:
-            width = min(fresh.shape[1], columns - start)
-            if width > 0:
-                real[:, start : start + width] = fresh[:, :width]
-        return real
-
-    def _remember_padding(self) -> None:
-        """The step is over: keep which of its columns are padding."""
-        if self.step is not None and self.step.real is not None:
-            self.padding.append((self.step.start, self.step.real))
-
-    def flush(self) -> None:
-        """Store chunks that were kept back for layers sharing keys."""
-        for layer in self.paged_layers:
-            layer.flush()
-
-    def _settle(self) -> None:
-        """Before the rows are changed from outside: everything stored, no step open."""
-        self._pull()
-        self.flush()
-        self._remember_padding()
-        self.step, self.last_handle, self._device_lens = None, None, {}
-
     # ------------------------------------------------------------------------------- transformers' Cache contract
     @property
     def is_initialized(self) -> bool:
@@ -533,10 +265,6 @@ class RedKnotCache(Cache):
         self.seen, self.padding, self.step, self.last_handle, self._device_lens = 0, [], None, None, {}
         self._budget = self.frozen_until = 0
         self._drop_pools()
-
-    def _drop_pools(self) -> None:
-        """Give the slabs back of which no page is in use, here or in a fork."""
-        self._pools = {key: pool for key, pool in self._pools.items() if pool.num_free < pool.num_pages - 1}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``abs(tokens_to_remove)`` tokens of every row (0 or negative, as transformers passes it).
@@ -625,6 +353,10 @@ class RedKnotCache(Cache):
             layer.fork(twin) if isinstance(layer, RedKnotLayer) else copy.deepcopy(layer) for layer in self.layers
         ]
         return twin
+
+    def _freeze_if_due(self) -> None:
+        if self.kv_dtype is not None and self.seen - self.frozen_until >= max(FREEZE_TOKENS, self.frozen_until // 8):
+            self.freeze()
 
     def freeze(self) -> None:
         """Lay what is stored now end to end, for a cache that will rest or be read by many forks.
@@ -738,7 +470,7 @@ class RedKnotCache(Cache):
         # forks share the pool: a dropped cache must give its pages back to it
         for layer in self.__dict__.get("layers", ()):
             if isinstance(layer, RedKnotLayer):
-                layer.let_go()
+                layer.close()
 
     def __repr__(self) -> str:
         kinds = "all global" if self.profile is None else repr(self.profile)
@@ -746,92 +478,4 @@ class RedKnotCache(Cache):
 
     def memory_report(self) -> MemoryReport:
         """Bytes by allocator, by pages and by tokens; see `MemoryReport`."""
-        self._pull()
-        self.flush()
-        held: dict[int, tuple[PagePool, list[np.ndarray]]] = {}
-        live_heads: list[list[int]] = []
-        ideal_heads: list[list[int]] = []
-        tables = dense = cold = 0
-        archives: dict[int, tuple[PagePool, list[np.ndarray]]] = {}
-        stores: dict[int, Any] = {}
-        nearby = 0
-        for layer in self.layers:
-            # Any: a layer that sleeps has something else in the place of its pages
-            pages: Any = layer.pages if isinstance(layer, RedKnotLayer) else None
-            if pages is None:
-                live_heads.append([])
-                ideal_heads.append([])
-                continue
-            archive = getattr(pages, "archive", None)
-            if archive is not None:
-                archives.setdefault(id(archive.pool), (archive.pool, []))[1].append(archive.table[archive.table > 0])
-                tables += archive.table.nbytes
-            if getattr(pages, "asleep", False):  # offloaded: asking for its pages would bring them back
-                live_heads.append(pages.rows_per_head_bytes())
-                ideal_heads.append(live_heads[-1])
-                cold += pages.host_bytes
-                dense += pages.batch_size * pages.num_heads * self.seen * pages.token_bytes
-                continue
-            token = pages.pool.page_bytes // pages.pool.page_size
-            held.setdefault(id(pages.pool), (pages.pool, []))[1].append(pages.table[pages.table > 0])
-            for heads, per_head in zip((live_heads, ideal_heads), pages.head_bytes(), strict=True):
-                heads.append(per_head.tolist())
-            nearby += getattr(pages, "nearby_bytes", 0)
-            if isinstance(pages, FrozenPages):
-                stores[id(pages.store)] = pages.store
-                tables += pages.frozen.nbytes
-            tables += pages.table.nbytes
-            dense += pages.batch_size * pages.num_heads * self.seen * token
-        live = sum(len(np.unique(np.concatenate(lists))) * pool.page_bytes for pool, lists in held.values())
-        allocated = sum(pool.allocated_bytes for pool, _ in held.values())
-        beside = nearby + sum(store.nbytes for store in stores.values())  # on the device, in no pool
-        live, allocated = live + beside, allocated + beside
-        for pool, lists in archives.values():
-            kept = len(np.unique(np.concatenate(lists))) * pool.page_bytes
-            cold += kept
-            allocated += pool.allocated_bytes - kept
-        return MemoryReport(
-            allocated=allocated + tables + cold,
-            live=live + tables + cold,
-            ideal=sum(map(sum, ideal_heads)),
-            dense=dense,
-            tables=tables,
-            live_per_head=live_heads,
-            ideal_per_head=ideal_heads,
-            hot=live + tables,
-            cold=cold,
-        )
-
-
-def _is_chunked(config: Any, index: int) -> bool:
-    """Chunked attention has its own mask pattern; transformers caches it like a sliding window."""
-    types = getattr(config, "layer_types", None)
-    if types:
-        return types[index] == "chunked_attention"
-    return bool(getattr(config, "attention_chunk_size", None)) and not getattr(config, "sliding_window", None)
-
-
-def _resolve_profile(config: Any, profile: HeadProfile | str | None) -> HeadProfile | None:
-    if profile is None:
-        from .heads import find_shipped
-
-        profile = find_shipped(config)
-        if profile is None:
-            _log_once(f"no head profile is shipped for {type(config).__name__}: all heads are global (exact)")
-            return None
-        _log_once(
-            "using the head profile shipped for this model; pass HeadProfile.all_global(config) for exact results"
-        )
-    elif not isinstance(profile, HeadProfile):
-        profile = HeadProfile.load(profile)
-    profile.validate_for(config)
-    return in_order_of(profile, config)
-
-
-_logged: set[str] = set()
-
-
-def _log_once(message: str, level: int = logging.INFO) -> None:
-    if message not in _logged:
-        _logged.add(message)
-        logger.log(level, message)
+        return report_on(self)

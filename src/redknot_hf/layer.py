@@ -7,7 +7,6 @@ chunk. A `Step` is what the layers of one forward have in common.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -17,181 +16,20 @@ from transformers.cache_utils import CacheLayerMixin
 
 from . import compat, kernel_path
 from .attention import HANDLE, NAME
+from .dense_views import DenseViews
 from .errors import CacheError, UnsupportedModel
 from .masks import CacheLength, RedKnotMask
 from .paging import torch_attention
 from .paging.pages import KEEP_ALL, LayerPages
 from .paging.torch_attention import AttentionSpec
+from .step import Handle, NoBackward, Step
+from .windows import effective_window
 
 if TYPE_CHECKING:
     from .cache import RedKnotCache
 
 
-class Step:
-    """One forward through the model.
-
-    Args:
-        start, length: logical tokens (padding counted) before the forward, and fed by it.
-        batch: rows.
-
-    Attributes:
-        new: int64 ``[batch]``, real tokens of each row; None until the first layer has seen the mask.
-        real: bool ``[batch, length]`` on the host, which columns are real tokens, or None without padding.
-        order: int64 ``[batch, length]`` that moves each row's real tokens to the front, or None without padding.
-        pattern: bool ``[batch, 1, length, keys]`` when the mask of the layer that attends now is not causal.
-        lengths: the tokens stored, for each device with kernels.
-        reserved: pools (by id) that have room for the step.
-        stored: some layer has stored its chunk, so the step cannot be taken back any more.
-    """
-
-    def __init__(self, start: int, length: int, batch: int):
-        self.start, self.length, self.batch = start, length, batch
-        self.thread = threading.get_ident()
-        self.new: np.ndarray | None = None
-        self.real: np.ndarray | None = None
-        self.order: torch.Tensor | None = None
-        self._moves: dict[torch.device, tuple[torch.Tensor, ...]] = {}
-        self.pattern: torch.Tensor | None = None
-        self.lengths: dict[torch.device, kernel_path.Lengths] = {}
-        self.reserved: set[int] = set()
-        self.stored = False
-
-    def resolve(self, mask: Any, lens: np.ndarray) -> None:
-        """Take the padding from the mask; the first layer of the forward calls this, the others share it.
-
-        Raises:
-            CacheError: the padding does not fit the tokens that are stored.
-        """
-        if self.new is not None:
-            return
-        everything = np.full(self.batch, self.length, np.int64)
-        if not isinstance(mask, RedKnotMask):
-            self.new = everything
-            return
-        padding = mask.padding
-        if padding is None:
-            self.new = everything
-            return
-        columns = self.start + self.length
-        if padding.shape[1] < columns:
-            raise CacheError(
-                f"attention_mask has {padding.shape[1]} columns but the cache holds {self.start} tokens and {self.length} "
-                f"more come: pass a mask of {columns} columns, for the past and the new tokens"
-            )
-        real = padding[:, :columns].cpu().numpy()
-        known = mask.arguments["kv_length"]
-        if isinstance(known, CacheLength) and known.past is not None:
-            known.check_past(real[:, : self.start])
-        elif (real[:, : self.start].sum(1) != lens).any():
-            raise CacheError(
-                "attention_mask disagrees with what the cache holds: it marks "
-                f"{real[:, : self.start].sum(1).tolist()} past tokens per row as real, {lens.tolist()} are stored. The "
-                "mask of past tokens must not change between calls"
-            )
-        new = real[:, self.start :]
-        self.new = new.sum(1).astype(np.int64)
-        if not new.all():
-            self.real = new.copy()
-            fresh = torch.from_numpy(self.real).to(padding.device)
-            self.order = torch.argsort(~fresh, dim=1, stable=True)
-            back = torch.argsort(self.order, dim=1)
-            behind = ~fresh.gather(1, self.order)
-            self._moves = {padding.device: (self.order, behind, back, ~fresh)}
-
-    def _moves_on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Order, padding behind it, its inverse and the padding columns, on a layer's device: copied once per forward."""
-        if device not in self._moves:
-            self._moves[device] = tuple(part.to(device, non_blocking=True) for part in next(iter(self._moves.values())))
-        return self._moves[device]
-
-    def use_pattern(self, mask: Any, device: torch.device) -> None:
-        """Set `pattern` for a layer with this mask: sliding and full layers of one forward have different ones.
-
-        Args:
-            device: of the layer.
-
-        Raises:
-            UnsupportedModel: the mask has a pattern that the stored past cannot follow.
-        """
-        if mask is None or (isinstance(mask, RedKnotMask) and mask.is_causal):
-            self.pattern = None
-            return
-        if self.start:
-            kind = "is not causal (packed sequences, a prefix or image blocks)"
-            if not isinstance(mask, RedKnotMask):
-                kind = f"is a {type(mask).__name__} of its own shape"
-            raise UnsupportedModel(
-                f"the attention mask {kind} and the cache already holds {self.start} tokens: feed such a prompt in one "
-                "piece, pass a 2D padding mask, or use DynamicCache"
-            )
-        if isinstance(mask, RedKnotMask):
-            self.pattern = mask.dense(device)
-        else:
-            self.pattern = (mask if mask.dtype == torch.bool else mask >= 0).to(device)
-
-    @property
-    def positions(self) -> np.ndarray:
-        """Request position of every column of a first chunk, int64 ``[batch, length]``."""
-        if self.real is None:
-            return np.broadcast_to(np.arange(self.length), (self.batch, self.length))
-        return np.maximum(self.real.cumsum(1) - 1, 0)
-
-    def compact(self, x: torch.Tensor) -> torch.Tensor:
-        """``[batch, heads, length, dim]`` with each row's real tokens first and zeros behind them."""
-        if self.order is None:
-            return x
-        order, behind, _, _ = self._moves_on(x.device)
-        moved = x.gather(2, order[:, None, :, None].expand_as(x))
-        return moved.masked_fill(behind[:, None, :, None], 0)
-
-    def expand(self, out: torch.Tensor) -> torch.Tensor:
-        """The inverse of `compact` for ``[batch, length, heads, dim]``; padding rows are zero."""
-        if self.order is None:
-            return out
-        _, _, back, padding = self._moves_on(out.device)
-        return out.gather(1, back[:, :, None, None].expand_as(out)).masked_fill(padding[:, :, None, None], 0)
-
-
-class Handle:
-    """What a returned key tensor carries to the attention function: the staged chunk of one layer in one forward."""
-
-    __slots__ = ("__weakref__", "_value", "k", "layer", "step", "stored", "v")
-
-    def __init__(self, layer: RedKnotLayer, step: Step, k: torch.Tensor, v: torch.Tensor):
-        self.layer, self.step, self.stored = layer, step, False
-        self.k: torch.Tensor | None = k
-        self.v: torch.Tensor | None = v
-        self._value = weakref.ref(v)
-
-    @property
-    def value(self) -> torch.Tensor | None:
-        return self._value()
-
-    def release(self) -> None:
-        """The chunk is in the pages: drop it, and with it the cycle from the key tensor to itself."""
-        self.stored, self.k, self.v = True, None, None
-
-    def abandon(self) -> None:
-        """The forward was refused; take it back if nothing is stored yet."""
-        if self.step is not None:
-            self.layer.cache.abandon(self.step)
-
-
-class _NoBackward(torch.autograd.Function):
-    """``out`` unchanged, in the graph of ``source``: a backward pass arrives here and is refused."""
-
-    @staticmethod
-    def forward(ctx: Any, out: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise CacheError(
-            "a RedKnotCache stores keys and values without their gradients: train without a cache (use_cache=False)"
-        )
-
-
-class RedKnotLayer(CacheLayerMixin):
+class RedKnotLayer(DenseViews, CacheLayerMixin):
     """Pages of one attention layer, with the interface of a transformers cache layer.
 
     Args:
@@ -278,36 +116,10 @@ class RedKnotLayer(CacheLayerMixin):
         handle = Handle(self, step, keys, values)
         self.pending = handle
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            keys, values = _NoBackward.apply(keys, key_states), _NoBackward.apply(values, value_states)
+            keys, values = NoBackward.apply(keys, key_states), NoBackward.apply(values, value_states)
             handle._value = weakref.ref(values)
         setattr(keys, HANDLE, handle)
         cache.last_handle = handle
-        return keys, values
-
-    def _update_dense(self, k: torch.Tensor, v: torch.Tensor, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Another attention implementation runs: give it plain tensors while nothing is evicted."""
-        total = self.seen + k.shape[2]
-        shortest = int((self.sink.astype(np.int64) + self.window).min())
-        if total > shortest:
-            raise CacheError(
-                f"the model runs attn_implementation={implementation!r}, which sees every token, but a head of layer "
-                f"{self.index} keeps only {shortest} of {total} tokens. Call model.set_attn_implementation('{NAME}') or load "
-                f"the model with attn_implementation='{NAME}'"
-            )
-        if self.cache.tier is not None:
-            raise CacheError(
-                f"the model runs attn_implementation={implementation!r}, which cannot read cold pages "
-                f"(cold={self.cache.cold!r}): call model.set_attn_implementation('{NAME}')"
-            )
-        step = self.cache.join_step(self, k.shape[2])
-        step.resolve(None, np.zeros(step.batch, np.int64))
-        pages = self._ready(step)
-        pages.write(k.detach(), v.detach(), step.new)  # type: ignore[arg-type]
-        pages.advance(step.new)  # type: ignore[arg-type]
-        step.stored = True
-        keys, values = self.dense()
-        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-            return _NoBackward.apply(keys, k), _NoBackward.apply(values, v)
         return keys, values
 
     def attend(
@@ -341,7 +153,7 @@ class RedKnotLayer(CacheLayerMixin):
             self._ready(step)
         run = self._attend_kernels if self.kernel is not None else self._attend_torch
         out = run(handle, query.detach(), spec, single)
-        return _NoBackward.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
+        return NoBackward.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
     def _room_for_one(self) -> bool:
         return self.pages is not None and self.pages.take_one()
@@ -365,7 +177,7 @@ class RedKnotLayer(CacheLayerMixin):
         pages.count_one()
         self._stored(handle)
         out = kernel.decode_one(query.detach(), scale, softcap, s_aux, self.extra_window, lengths)
-        return _NoBackward.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
+        return NoBackward.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
     def _attend_torch(self, handle: Handle, query: torch.Tensor, spec: AttentionSpec, single: bool) -> torch.Tensor:
         step, pages = handle.step, self.pages
@@ -545,7 +357,7 @@ class RedKnotLayer(CacheLayerMixin):
             self.is_initialized = False
             del self.batch_size
 
-    def let_go(self) -> None:
+    def close(self) -> None:
         """The cache is gone: give pages and memory back, even if a chunk that was never stored still refers to the layer."""
         if self.pages is not None:
             self.pages.free()
@@ -585,65 +397,6 @@ class RedKnotLayer(CacheLayerMixin):
     prefetch = offload
 
     # ------------------------------------------------------------------------------------------------ dense views
-    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of keys and values as ``[batch, kv_heads, seen, dim]``; evicted tokens and padding are zero."""
-        assert self.pages is not None
-        pages = self.pages
-        column = np.arange(self.seen)
-        real = self.cache.real_columns(self.batch_size, self.seen)
-        position = np.cumsum(real, 1) - 1
-        keep = real[:, None] & (
-            (position[:, None] < pages.sink[:, None]) | (position[:, None] >= pages.oldest[..., None])
-        )
-        keep &= position[:, None] < pages.lens[:, None, None]
-        k, v = pages.gather(np.maximum(position, 0), np.arange(self.num_heads))
-        gone = torch.from_numpy(~keep[:, :, : len(column)]).to(k.device)[..., None]
-        return k.masked_fill_(gone, 0), v.masked_fill_(gone, 0)
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """A dense copy of the keys, ``[batch, kv_heads, seen, dim]``, for tools that look inside; None when empty."""
-        return self._dense_half(0)
-
-    @keys.setter
-    def keys(self, given: Any) -> None:
-        self._refuse_tensor(given)
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """A dense copy of the values, like `keys`."""
-        return self._dense_half(1)
-
-    @values.setter
-    def values(self, given: Any) -> None:
-        self._refuse_tensor(given)
-
-    def _dense_half(self, half: int) -> torch.Tensor | None:
-        self.flush()
-        return None if self.pages is None else self.dense()[half]
-
-    @staticmethod
-    def _refuse_tensor(given: Any) -> None:
-        if given is not None:
-            raise CacheError("keys and values of a RedKnotCache live in pages; feed them with update()")
-
-
-def effective_window(
-    sink: np.ndarray, window: np.ndarray, model_window: int | None
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Intersect heads with the model's own sliding window.
-
-    Args:
-        sink, window: int ``[kv_heads]``, ``KEEP_ALL`` for heads that keep everything.
-
-    Returns:
-        The sinks and windows to store, and the model window that attention still has to apply (0 if storage says it all).
-    """
-    if model_window is None:
-        return sink, window, 0
-    inside = window < model_window
-    sink, window = np.where(inside, sink, 0), np.where(inside, window, model_window)
-    return sink, window, model_window if (inside & (sink > 0)).any() else 0
 
 
 __all__ = ["Handle", "RedKnotLayer", "Step", "effective_window"]

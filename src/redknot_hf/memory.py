@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .layer import RedKnotLayer
+from .paging.frozen import FrozenPages
+from .paging.pool import PagePool
+
+if TYPE_CHECKING:
+    from .cache import RedKnotCache
 
 
 @dataclass(frozen=True)
@@ -35,3 +45,62 @@ class MemoryReport:
         return (
             f"live {self.live:,} bytes{share}, ideal {self.ideal:,}, allocated {self.allocated:,}, dense {self.dense:,}"
         )
+
+
+def report_on(cache: RedKnotCache) -> MemoryReport:
+    """Count what ``cache`` holds, after everything that is staged or counted on the device has arrived."""
+    cache._pull()
+    cache.flush()
+    held: dict[int, tuple[PagePool, list[np.ndarray]]] = {}
+    live_heads: list[list[int]] = []
+    ideal_heads: list[list[int]] = []
+    tables = dense = cold = 0
+    archives: dict[int, tuple[PagePool, list[np.ndarray]]] = {}
+    stores: dict[int, Any] = {}
+    nearby = 0
+    for layer in cache.layers:
+        # Any: a layer that sleeps has something else in the place of its pages
+        pages: Any = layer.pages if isinstance(layer, RedKnotLayer) else None
+        if pages is None:
+            live_heads.append([])
+            ideal_heads.append([])
+            continue
+        archive = getattr(pages, "archive", None)
+        if archive is not None:
+            archives.setdefault(id(archive.pool), (archive.pool, []))[1].append(archive.table[archive.table > 0])
+            tables += archive.table.nbytes
+        if getattr(pages, "asleep", False):  # offloaded: asking for its pages would bring them back
+            live_heads.append(pages.rows_per_head_bytes())
+            ideal_heads.append(live_heads[-1])
+            cold += pages.host_bytes
+            dense += pages.batch_size * pages.num_heads * cache.seen * pages.token_bytes
+            continue
+        token = pages.pool.page_bytes // pages.pool.page_size
+        held.setdefault(id(pages.pool), (pages.pool, []))[1].append(pages.table[pages.table > 0])
+        for heads, per_head in zip((live_heads, ideal_heads), pages.head_bytes(), strict=True):
+            heads.append(per_head.tolist())
+        nearby += getattr(pages, "nearby_bytes", 0)
+        if isinstance(pages, FrozenPages):
+            stores[id(pages.store)] = pages.store
+            tables += pages.frozen.nbytes
+        tables += pages.table.nbytes
+        dense += pages.batch_size * pages.num_heads * cache.seen * token
+    live = sum(len(np.unique(np.concatenate(lists))) * pool.page_bytes for pool, lists in held.values())
+    allocated = sum(pool.allocated_bytes for pool, _ in held.values())
+    beside = nearby + sum(store.nbytes for store in stores.values())  # on the device, in no pool
+    live, allocated = live + beside, allocated + beside
+    for pool, lists in archives.values():
+        kept = len(np.unique(np.concatenate(lists))) * pool.page_bytes
+        cold += kept
+        allocated += pool.allocated_bytes - kept
+    return MemoryReport(
+        allocated=allocated + tables + cold,
+        live=live + tables + cold,
+        ideal=sum(map(sum, ideal_heads)),
+        dense=dense,
+        tables=tables,
+        live_per_head=live_heads,
+        ideal_per_head=ideal_heads,
+        hot=live + tables,
+        cold=cold,
+    )

@@ -304,10 +304,9 @@ class StaticRedKnotLayer(RedKnotLayer):
             self.state.push(0, np.zeros(self.batch_size), np.zeros(self.batch_size))
             self.state.decoding = False
 
-    def let_go(self) -> None:
-        super().let_go()
-        self.__dict__.pop("k_pages", None)
-        self.__dict__.pop("v_pages", None)
+    def close(self) -> None:
+        super().close()
+        self.let_go()
 
     def let_go(self) -> None:
         """Drop the memory for good: the layer is not used again."""

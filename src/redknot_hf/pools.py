@@ -1,0 +1,103 @@
+"""Where the pages of a cache's layers come from: one pool per layer, grown for all layers before a forward stores anything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .heads import HeadProfile
+from .paging.pages import KEEP_ALL, LayerPages
+from .paging.pool import SPARE_TOKENS, PagePool
+from .paging.tiers import ColdTier
+
+if TYPE_CHECKING:
+    from .layer import RedKnotLayer
+    from .step import Step
+
+
+class Pools:
+    """The part of a `RedKnotCache` that hands out memory."""
+
+    page_size: int
+    tp_rank: int
+    tp_size: int
+    tier: ColdTier | None
+    profile: HeadProfile | None
+    _pools: dict[tuple[int, torch.device, torch.dtype, int, int], PagePool]
+
+    @property
+    def paged_layers(self) -> list[RedKnotLayer]:
+        raise NotImplementedError
+
+    def geometry(self, index: int, heads: int, model_window: int | None) -> tuple[np.ndarray, np.ndarray, int]:
+        raise NotImplementedError
+
+    def new_pages(self, layer: RedKnotLayer) -> LayerPages:
+        """Empty page tables for an initialised layer."""
+        pool = self.pool(layer)
+        runs = layer.device.type == "cpu"
+        geometry = (layer.sink, layer.window, layer.batch_size, layer.rollback)
+        if self.tier is None:
+            return LayerPages(pool, *geometry, contiguous=runs)
+        first, count = self.tp_rank * layer.num_heads, layer.num_heads
+        classes = [] if self.profile is None else self.profile.head_class[layer.index][first : first + count]
+        far = [head for head, kind in enumerate(classes) if kind == "retrieval" and layer.window[head] >= KEEP_ALL]
+        return self.tier.pages(pool, *geometry, np.array(far, np.int64), runs)
+
+    def pool(self, layer: RedKnotLayer) -> PagePool:
+        """Where an initialised layer's pages come from."""
+        return self._pool_for(layer.index, layer)
+
+    def _pool_for(self, index: int, alike: RedKnotLayer) -> PagePool:
+        """The pool of layer ``index`` if its keys and values are like those of ``alike``.
+
+        Every layer has its own, so that growing holds one layer twice and not the whole cache. Layers in front of a cold
+        tier share one, as they share the pool behind it.
+        """
+        alone = self.tier is None
+        key = (index if alone else -1, alike.device, alike.dtype, alike.key_dim, alike.value_dim)
+        if key not in self._pools:
+            if alone:  # made ahead by `reserve` for a layer that turned out different
+                self._pools = {other: pool for other, pool in self._pools.items() if other[0] != index}
+            self._pools[key] = PagePool(self.page_size, alike.key_dim, alike.value_dim, alike.dtype, alike.device)
+        return self._pools[key]
+
+    def reserve(self, layer: RedKnotLayer, step: Step) -> None:
+        """Grow the pools of all layers before the first of a forward stores anything, so that none fails half way.
+
+        Not for a decode step, where layers take pages one by one, and not for layers that are new and may be on another
+        GPU than this one.
+
+        Raises:
+            PoolExhausted: nothing of this forward has been stored then.
+        """
+        assert layer.pages is not None and step.new is not None
+        if id(layer.pages.pool) in step.reserved:
+            return
+        if step.length == 1 and step.start:
+            step.reserved.add(id(layer.pages.pool))
+            return
+        alike = layer.pages
+        one_device = layer.device.type != "cuda" or self.tp_size > 1 or torch.cuda.device_count() == 1
+        wanted: dict[int, tuple[PagePool, int]] = {}
+        for other in self.paged_layers:
+            if other.pages is not None:
+                pool = other.pages.pool
+                count = max(0, other.pages.pages_wanted(step.new) - int((other.pages.table > 0).sum()))
+            elif other.is_sliding == layer.is_sliding and not step.start and one_device:
+                pool = self._pool_for(other.index, layer)
+                sink, window, _ = self.geometry(other.index, layer.num_heads, other.model_window)
+                empty = LayerPages(pool, sink, window, layer.batch_size, layer.rollback, alike.contiguous)
+                count = empty.pages_wanted(step.new)
+            else:
+                continue
+            wanted[id(pool)] = (pool, wanted.get(id(pool), (pool, 0))[1] + count)
+        for pool, count in wanted.values():
+            pool.reserve(count, spare=count * SPARE_TOKENS // step.length)
+        step.reserved.update(wanted)
+
+    def _drop_pools(self) -> None:
+        """Give the slabs back of which no page is in use, here or in a fork."""
+        self._pools = {key: pool for key, pool in self._pools.items() if pool.num_free < pool.num_pages - 1}
