@@ -469,6 +469,42 @@ def test_killed_while_saving(tiny, tmp_path, after):
     cache.save(path)
 
 
+SAVES_FOREVER = """
+import sys
+sys.path.insert(0, {tests!r})
+from session_helpers import feed, make, mixed_profile, prompt, tiny_model
+model = tiny_model()
+cache = make(model, mixed_profile(model.config), 1, 40, kv_dtype={kv_dtype!r})
+cache.save({path!r})
+print("saved", flush=True)
+while True:
+    feed(model, cache, prompt(1, 1, seed=cache.get_seq_length()))
+    cache.save({path!r})
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("round", range(6))
+def test_killed_at_any_moment(tiny, tmp_path, round):
+    """A process that saves its session after every token is killed: the file is that of one of its states, whole."""
+    path, kv_dtype = tmp_path / "a", (None, "int8")[round % 2]
+    code = SAVES_FOREVER.format(tests=str(Path(__file__).parent), path=str(path), kv_dtype=kv_dtype)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "saved\n"
+        time.sleep(0.1 + 0.13 * round)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    cache = RedKnotCache.load(path, tiny)
+    twin = make(tiny, mixed_profile(tiny.config), 1, 40, kv_dtype=kv_dtype)
+    while twin.get_seq_length() < cache.get_seq_length():
+        feed(tiny, twin, prompt(1, 1, seed=twin.get_seq_length()))
+    assert torch.equal(steps(tiny, cache), steps(tiny, twin))
+    assert len(list(tmp_path.iterdir())) <= 2  # and perhaps what it was writing
+
+
 def test_saving_is_not_seen_half_done(tiny, profile, tmp_path):
     """A reader that loads again and again while a writer saves sees the old session or the new one."""
     import threading
