@@ -15,6 +15,8 @@ same run: the compiled cache must give the eager one's logits, the all-global on
 
     python benchmarks/decode/bench.py --out benchmarks/results/h200            # 8K, 32K, 128K, batch 1 and 8
     python benchmarks/decode/bench.py --quick --out /tmp/x                     # 2 layers, 4K: does it run
+
+Most of the time goes into compiling; see --warm for a machine with many cores.
 """
 
 from __future__ import annotations
@@ -132,11 +134,13 @@ class Bench:
         torch.cuda.reset_peak_memory_stats()
         if self.args.caches and not any(word in name for word in self.args.caches.split(",")):
             return None
+        if self.args.warm and not compiled:
+            return None
         config = self.config
         self.model.set_attn_implementation(implementation)
         try:
             cache = make()
-            fill(cache, config, batch, context, torch.bfloat16, "cuda")
+            fill(cache, config, batch, 64 if self.args.warm else context, torch.bfloat16, "cuda")
             token = torch.full((batch, 1), 7, device="cuda")
             call = self.model.__call__
             if compiled:
@@ -155,6 +159,9 @@ class Bench:
                 step(i)
             torch.cuda.synchronize()
             warm = time.perf_counter() - begin
+            if self.args.warm:
+                print(f"compiled: {name}, {batch} x {context}, {warm:.0f} s", file=sys.stderr, flush=True)
+                return None
             event, wall = timed(lambda i: step(i + 4), steps, runs)
             row = {"cache": name, "batch": batch, "context": context, "ms": round(max(event, wall), 3)}
             row |= {"event_ms": round(event, 3), "wall_ms": round(wall, 3), "warm_up_s": round(warm, 1)}
@@ -258,6 +265,12 @@ def main() -> int:
     parser.add_argument("--capacity", default="131072,32768", help="contexts for the largest batch; empty to skip")
     parser.add_argument(
         "--caches", default="", help="only caches whose name contains one of these words, comma separated"
+    )
+    parser.add_argument(
+        "--warm",
+        action="store_true",
+        help="compile what the same call without --warm would compile, and measure nothing: several such calls at the same "
+        "time fill the compiler's cache in a fraction of the time",
     )
     parser.add_argument("--quick", action="store_true", help="2 layers, one case: shows that it runs")
     args = parser.parse_args()
