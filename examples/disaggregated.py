@@ -25,7 +25,7 @@ from redknot_hf.distributed import CacheMissing, fetch, publish
 
 KEY = "request-1"
 PROMPT = (
-    "The log of the lighthouse. " + " ".join(f"Day {n}: {n % 7} ships passed, the lamp was lit." for n in range(1, 60))
+    "The log of the lighthouse. " + " ".join(f"Day {n}: {n % 7} ships passed, the lamp was lit." for n in range(1, 26))
     + " On day 12 the keeper counted ships: the number was"
 )  # fmt: skip
 

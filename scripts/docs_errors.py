@@ -30,6 +30,8 @@ KINDS = {
     "StoreUnavailable": "a segment store cannot be reached; only commands and `list`, `stat`, `gc`, `verify` raise it",
     "StoreFull": "a segment store has no room; `put` returns False",
     "CorruptEntry": "a stored segment is damaged; `get` treats it as missing",
+    "CacheMissing": "no whole cache can be fetched from a store: feed the prompt instead",
+    "NotPublished": "a store did not take a cache; readers find what was there before, or nothing",
     "UnreadableEntry": "a stored segment has another version or seal; `get` treats it as missing",
 }
 
@@ -49,7 +51,7 @@ AREAS = [
      "`redknot store` and from wrong arguments."),
     (("segments/",), "Reusing documents", ""),
     (("sparse_ffn/", "ledger.py"), "Sparse FFN and the ledger", ""),
-    (("placement", "distributed"), "Placement of heads", ""),
+    (("placement", "distributed"), "Several GPUs and machines", "See [Several GPUs, several machines](placement.md)."),
     (("eval", "bench", "harness"), "Evaluation and benchmarks", ""),
     (("commands/", "cli.py", "demo_model.py", "demo_compare.py"), "Command line and demo model",
      "The command prints these as one line and exits with status 2; `REDKNOT_DEBUG=1` shows the traceback."),
