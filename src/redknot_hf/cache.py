@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -24,13 +23,10 @@ from .heads.model_shape import text_config
 from .layer import RedKnotLayer
 from .memory import MemoryReport, report_on
 from .paging.frozen import kv_dtype_of
-from .paging.pages import KEEP_ALL
 from .paging.pool import PagePool
 from .paging.tiers import NEAR_TOKENS, ColdTier, lost_tokens
-from .served import check_served, is_chunked, resolve_profile
+from .served import check_options, check_served, is_chunked, resolve_profile
 from .static import StaticRedKnotLayer
-from .step import Step
-from .windows import effective_window
 
 FREEZE_TOKENS = 128  # a cache with kv_dtype quantises after this many tokens, or after an eighth more
 RECORDING_ROLLBACK = 64  # ring slots that assisted decoding gets: more than any default number of drafted tokens
@@ -88,12 +84,7 @@ class RedKnotCache(Forwards, Cache):
         near_tokens: int = NEAR_TOKENS,
         kv_dtype: torch.dtype | str | None = None,
     ):
-        if prefill not in ("windowed", "full"):
-            raise RedKnotError(f"prefill={prefill!r}: expected 'windowed' or 'full'")
-        if not isinstance(page_size, int) or not 1 <= page_size <= 1024 or page_size & (page_size - 1):
-            raise RedKnotError(f"page_size={page_size!r}: expected a power of two from 1 to 1024, such as 64")
-        if not isinstance(rollback, int) or isinstance(rollback, bool) or rollback < 0:
-            raise RedKnotError(f"rollback={rollback!r}: expected a number of tokens, 0 or more")
+        check_options(prefill, page_size, rollback, max_cache_len)
         if not hasattr(config, "get_text_config"):
             raise RedKnotError(f"config={type(config).__name__}: expected the model's config, e.g. model.config")
         if tp_rank is None and tp_size is None:
@@ -107,8 +98,6 @@ class RedKnotCache(Forwards, Cache):
                 f"tp_size={tp_size}: the model has {self.profile.num_kv_heads} KV heads per layer, which do not divide "
                 "by that. Start as many processes as divide it (torchrun --nproc-per-node)"
             )
-        if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
-            raise RedKnotError(f"max_cache_len={max_cache_len!r}: expected a number of tokens, or None to grow")
         self.prefill, self.page_size, self.rollback = prefill, page_size, rollback
         self.limit = max_cache_len
         self.tp_rank, self.tp_size = tp_rank, tp_size
@@ -169,30 +158,6 @@ class RedKnotCache(Forwards, Cache):
         return getattr(self.config, "_attn_implementation", None)
 
     # ------------------------------------------------------------------------------------------- for the layers
-    def geometry(self, index: int, heads: int, model_window: int | None) -> tuple[np.ndarray, np.ndarray, int]:
-        """Sinks and windows (int ``[heads]``) of a layer's KV heads, and the model window left for attention.
-
-        Raises:
-            CacheError: the layer has another number of heads than the profile says.
-        """
-        if self.profile is None:
-            sink, window = np.zeros(heads, np.int64), np.full(heads, KEEP_ALL, np.int64)
-        else:
-            of_rank = self.profile.num_kv_heads // self.tp_size
-            if heads != of_rank or self.profile.num_kv_heads % self.tp_size:
-                raise CacheError(
-                    f"layer {index} feeds {heads} KV heads but the profile has {self.profile.num_kv_heads} "
-                    f"(tp_size={self.tp_size}). For a tensor-parallel model build the cache with "
-                    "RedKnotCache.for_model(model, profile); a model with latent attention or with another number of "
-                    "heads in some layers is not served: use DynamicCache"
-                )
-            mine = slice(self.tp_rank * heads, (self.tp_rank + 1) * heads)
-            local = np.array([kind == "local" for kind in self.profile.head_class[index][mine]])
-            sink = np.where(local, np.array(self.profile.sink[index][mine]), 0)
-            window = np.where(local, np.array(self.profile.window[index][mine]), KEEP_ALL)
-        sink = np.where(window >= KEEP_ALL, 0, sink)
-        return effective_window(sink, window, model_window)
-
     def set_profile(self, profile: HeadProfile | str) -> None:
         """Change head classes, sinks and windows of a cache in use; heads get back from the cold tier what they lack.
 
@@ -215,36 +180,6 @@ class RedKnotCache(Forwards, Cache):
         ]
 
     # ------------------------------------------------------------------------------------------- the static form
-    def adopt(self, layers: Iterable[tuple[torch.Tensor, torch.Tensor] | None], tokens: int) -> None:
-        """Take over keys and values that were computed elsewhere; local heads keep what the rule lets them keep.
-
-        Args:
-            layers: keys (rotated for positions 0, 1, ...) and values, ``[batch, kv_heads, tokens, dim]``, of every layer in
-                order; drawn one by one, so that a layer can be freed once it is stored. None for a layer that was
-                filled in place (`RedKnotLayer.lay_out`).
-            tokens: how many, without padding.
-
-        Raises:
-            CacheError: the cache is not empty, or has layers that are not served from pages.
-            PoolExhausted: nothing has been stored then.
-        """
-        if self.seen or len(self.paged_layers) != len(self.layers):
-            raise CacheError(f"adopt() fills an empty cache of attention layers; this one holds {self.seen} tokens")
-        if not tokens:
-            return
-        step: Step | None = None
-        for layer, given in zip(self.paged_layers, layers, strict=True):
-            if given is None:
-                layer.settle(tokens)
-                continue
-            k, v = given
-            layer.lazy_initialization(k, v)
-            if step is None:
-                step = Step(0, tokens, layer.batch_size)
-                step.resolve(None, np.zeros(step.batch, np.int64))
-            layer.adopt(k, v, step)
-        self.seen = tokens
-
     # ------------------------------------------------------------------------------- transformers' Cache contract
     @property
     def is_initialized(self) -> bool:

@@ -8,6 +8,7 @@ attended to apart. It also keeps the account of padding, and of tokens that comp
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,7 @@ class Forwards(Pools):
     """
 
     config: Any
+    layers: list[Any]
     limit: int | None
     defers: bool
     seen: int
@@ -133,6 +135,36 @@ class Forwards(Pools):
             "cache from model.config), or its attention changes the keys after the cache, which a RedKnotCache cannot "
             "serve. Call cache.reset() before using the cache again"
         )
+
+    def adopt(self, layers: Iterable[tuple[torch.Tensor, torch.Tensor] | None], tokens: int) -> None:
+        """Take over keys and values that were computed elsewhere; local heads keep what the rule lets them keep.
+
+        Args:
+            layers: keys (rotated for positions 0, 1, ...) and values, ``[batch, kv_heads, tokens, dim]``, of every layer in
+                order; drawn one by one, so that a layer can be freed once it is stored. None for a layer that was
+                filled in place (`RedKnotLayer.lay_out`).
+            tokens: how many, without padding.
+
+        Raises:
+            CacheError: the cache is not empty, or has layers that are not served from pages.
+            PoolExhausted: nothing has been stored then.
+        """
+        if self.seen or len(self.paged_layers) != len(self.layers):
+            raise CacheError(f"adopt() fills an empty cache of attention layers; this one holds {self.seen} tokens")
+        if not tokens:
+            return
+        step: Step | None = None
+        for layer, given in zip(self.paged_layers, layers, strict=True):
+            if given is None:
+                layer.settle(tokens)
+                continue
+            k, v = given
+            layer.lazy_initialization(k, v)
+            if step is None:
+                step = Step(0, tokens, layer.batch_size)
+                step.resolve(None, np.zeros(step.batch, np.int64))
+            layer.adopt(k, v, step)
+        self.seen = tokens
 
     def static_state(self, device: torch.device, batch: int) -> tuple[StaticState, bool]:
         """The counts of ``device``, and whether the asking layer is the first there (it counts each step)."""

@@ -1,4 +1,7 @@
-"""Where the pages of a cache's layers come from: one pool per layer, grown for all layers before a forward stores anything."""
+"""What the layers of a cache keep, and where their pages come from.
+
+Every layer has a pool of its own; the pools of all layers grow before a forward stores anything.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from .errors import CacheError
 from .heads import HeadProfile
 from .paging.pages import KEEP_ALL, LayerPages
 from .paging.pool import SPARE_TOKENS, PagePool
 from .paging.tiers import ColdTier
+from .windows import effective_window
 
 if TYPE_CHECKING:
     from .layer import RedKnotLayer
@@ -32,7 +37,28 @@ class Pools:
         raise NotImplementedError
 
     def geometry(self, index: int, heads: int, model_window: int | None) -> tuple[np.ndarray, np.ndarray, int]:
-        raise NotImplementedError
+        """Sinks and windows (int ``[heads]``) of a layer's KV heads, and the model window left for attention.
+
+        Raises:
+            CacheError: the layer has another number of heads than the profile says.
+        """
+        if self.profile is None:
+            sink, window = np.zeros(heads, np.int64), np.full(heads, KEEP_ALL, np.int64)
+        else:
+            of_rank = self.profile.num_kv_heads // self.tp_size
+            if heads != of_rank or self.profile.num_kv_heads % self.tp_size:
+                raise CacheError(
+                    f"layer {index} feeds {heads} KV heads but the profile has {self.profile.num_kv_heads} "
+                    f"(tp_size={self.tp_size}). For a tensor-parallel model build the cache with "
+                    "RedKnotCache.for_model(model, profile); a model with latent attention or with another number of "
+                    "heads in some layers is not served: use DynamicCache"
+                )
+            mine = slice(self.tp_rank * heads, (self.tp_rank + 1) * heads)
+            local = np.array([kind == "local" for kind in self.profile.head_class[index][mine]])
+            sink = np.where(local, np.array(self.profile.sink[index][mine]), 0)
+            window = np.where(local, np.array(self.profile.window[index][mine]), KEEP_ALL)
+        sink = np.where(window >= KEEP_ALL, 0, sink)
+        return effective_window(sink, window, model_window)
 
     def new_pages(self, layer: RedKnotLayer) -> LayerPages:
         """Empty page tables for an initialised layer."""

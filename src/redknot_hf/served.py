@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from .errors import UnsupportedModel
+from .errors import RedKnotError, UnsupportedModel
 from .heads import HeadProfile
 from .heads.order import in_order_of
 from .layer import RedKnotLayer
@@ -15,7 +15,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["check_served", "is_chunked", "resolve_profile"]
+__all__ = ["check_options", "check_served", "is_chunked", "resolve_profile"]
+
+
+def check_options(prefill: str, page_size: int, rollback: int, max_cache_len: int | None) -> None:
+    """Raise `RedKnotError` for an option of a cache that is out of range."""
+    if prefill not in ("windowed", "full"):
+        raise RedKnotError(f"prefill={prefill!r}: expected 'windowed' or 'full'")
+    if not isinstance(page_size, int) or not 1 <= page_size <= 1024 or page_size & (page_size - 1):
+        raise RedKnotError(f"page_size={page_size!r}: expected a power of two from 1 to 1024, such as 64")
+    if not isinstance(rollback, int) or isinstance(rollback, bool) or rollback < 0:
+        raise RedKnotError(f"rollback={rollback!r}: expected a number of tokens, 0 or more")
+    if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
+        raise RedKnotError(f"max_cache_len={max_cache_len!r}: expected a number of tokens, or None to grow")
 
 
 def resolve_profile(config: Any, profile: HeadProfile | str | None) -> HeadProfile | None:
