@@ -25,7 +25,8 @@ from .cache import RedKnotCache
 from .errors import CacheError, PoolExhausted, RedKnotError
 from .heads import HeadProfile
 from .layer import RedKnotLayer
-from .paging.frozen import freeze, kv_dtype_of
+from .paging.freezing import freeze
+from .paging.frozen import kv_dtype_of
 from .paging.pages import LayerPages
 from .paging.pool import PagePool
 from .sessions.sleep import install, prefetch_cache

@@ -72,14 +72,12 @@ def _decode_full(pages: LayerPages, q: torch.Tensor, spec: AttentionSpec, heads:
         views = pages.full_views()
         k, v = views if views is not None else _full_copies(pages, heads, length)
         return _attend(q, k[:, :, :length], v[:, :, :length], None, spec, heads, q.shape[2])
-    rows = [pages.full_views(row) for row in range(pages.batch_size)]
-    if all(rows):
-        outs = [
-            _attend(
-                q[row : row + 1], k[:, :, : pages.lens[row]], v[:, :, : pages.lens[row]], None, spec, heads, q.shape[2]
-            )
-            for row, (k, v) in enumerate(rows)  # type: ignore[misc]
-        ]
+    rows = [views for row in range(pages.batch_size) if (views := pages.full_views(row)) is not None]
+    if len(rows) == pages.batch_size:
+        outs = []
+        for row, (k, v) in enumerate(rows):
+            end = int(pages.lens[row])
+            outs.append(_attend(q[row : row + 1], k[:, :, :end], v[:, :, :end], None, spec, heads, q.shape[2]))
         return torch.cat(outs)
     longest = int(pages.lens.max())
     k, v = _full_copies(pages, heads, longest)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from ..errors import CacheError
-from ..paging.frozen import KV_DTYPES, FrozenPages, FrozenRows, filled_slots
+from ..paging.freezing import filled_slots
+from ..paging.frozen import KV_DTYPES, FrozenPages, FrozenRows
 from ..paging.pages import LayerPages
 from .container import Source
 from .rows import check_places, frozen_entries
