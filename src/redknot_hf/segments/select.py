@@ -8,8 +8,8 @@ ratio pays for are taken.
 * `KVDeviation`: rows whose keys and values in an early layer differ most from the stored ones (CacheBlend, arXiv
   2405.16444). The early layers run over all rows for it.
 * `QueryAttention`: rows that the query attends to most, by one pass of the query alone over the stored rows.
-* `Blend`, the default: some boundary rows of each segment, then the rows that the query attends to most; the deviation can
-  be multiplied in.
+* `Blend`, the default: some boundary rows of each segment, then the rows that the query attends to most in the first two
+  thirds of the layers; the deviation can be multiplied in.
 
 Your own: any callable that takes a `PromptView` and returns scores, a mask, or positions.
 
@@ -219,6 +219,8 @@ class Blend:
         boundary: first tokens of each segment that are taken before anything else. 8 did better than 0, 4 and 16.
         layer: of the deviation.
         attention: exponent of the query's attention; 0 leaves it out and saves its pass.
+        share: of the layers whose attention counts, from the first on. The query runs through these alone: the last third
+            told nothing new where it was measured.
         deviation: exponent of the deviation; 0 leaves it out and saves the early layers. At equal rows the deviation in
             layer 1 added nothing to the attention; in layer 6 it did, for the price of seven layers over all rows.
     """
@@ -227,11 +229,12 @@ class Blend:
     layer: int = 1
     attention: float = 1.0
     deviation: float = 0.0
+    share: float = 2 / 3
 
     def __call__(self, view: PromptView) -> np.ndarray:
         score = np.ones(view.length)
         if self.attention:
-            score = score * view.query_attention().astype(np.float64) ** self.attention
+            score = score * view.query_attention(self.share).astype(np.float64) ** self.attention
         if self.deviation:
             score = score * view.kv_deviation(self.layer).astype(np.float64) ** self.deviation
         score = score / max(score[view.eligible].max(initial=0.0), 1e-300)
