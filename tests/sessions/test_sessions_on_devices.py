@@ -17,7 +17,7 @@ from redknot_hf.sessions import SessionStore
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 USERS = 100
-GIB = 1 << 30
+MEMORY = 1 << 29
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=GPU)])
@@ -77,7 +77,7 @@ def test_saved_on_one_device_loaded_on_another(model, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_the_printed_capacity_is_what_a_gpu_holds(tmp_path, capsys):
-    """A process limited to 1 GiB: sessions are prefilled and decoded until there is no memory.
+    """A process limited to 512 MiB: sessions are prefilled and decoded until there is no memory.
 
     In one piece, so that pools take exactly their pages; pools that grow by chunks take up to an eighth more.
     """
@@ -89,7 +89,7 @@ def test_the_printed_capacity_is_what_a_gpu_holds(tmp_path, capsys):
     profile = HeadProfile.uniform(config, sink=4, window=252, global_heads=0.25)
     profile.save(tmp_path / "p.json")
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    context, memory = 8192, GIB
+    context, memory = 8192, MEMORY
     arguments = ["--gpu-memory", str(memory), "--weights-bytes", str(weights), "--context", str(context)]
     assert main(["show", str(tmp_path / "p.json"), *arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)["capacity"]

@@ -62,13 +62,13 @@ def test_all_far_pages_are_a_global_head(model, kind, rows):
     assert cold.layers[0].pages.far.bounds.low.device.type == model.device.type
     assert (plain.layers[0].kernel is not None) == on_gpu(model)
     fork = cold.fork()
-    assert_same(steps_on(model, cold, 40), steps_on(model, plain, 40))
+    assert_same(steps_on(model, cold, 20), steps_on(model, plain, 20))
     turn = prompt(rows, 90, seed=5)  # a chunk over cold pages
     assert_same(feed(model, cold, turn), feed(model, plain, turn))
-    cold.crop(-70)
+    cold.crop(-50)
     plain.reset()
     feed(model, plain, torch.cat([prompt(rows, 300).to(model.device)], 1))
-    assert_same(steps_on(model, fork, 40), steps_on(model, plain, 40))
+    assert_same(steps_on(model, fork, 20), steps_on(model, plain, 20))
 
 
 def test_local_heads_get_back_what_left_their_windows(model):
