@@ -2,24 +2,28 @@
 
     python benchmarks/reuse/quality.py --model PATH --data DIR --out DIR [--device cuda --n 100]
 
-Each prompt is a HotpotQA question with its ten paragraphs in a shuffled order, joined to --documents segments. The
-reference is a full prefill of the same ids with the same model. Measured for every variant:
+Each prompt is a HotpotQA question with its ten paragraphs in a shuffled order, joined to --documents segments. With
+--task codes every paragraph ends with a code of its own and the question asks for one of them, which a small model can
+answer. The reference is a full prefill of the same ids with the same model. Measured for every variant:
 
   kl        mean KL(full || variant) over the tokens of the gold answer, teacher-forced, nats
   top1      share of these tokens where both have the same most likely token
   kl_own    the same KL along the full prefill's own greedy answer
   agree     share of prompts whose greedy answer is the full prefill's, token by token
   first     share of prompts whose first answer token is the full prefill's
+  full_exact  share of prompts where the full prefill's does
   correct   of the prompts where the full prefill's greedy answer contains the gold answer: share whose greedy answer is
             the same up to there (stricter than answering correctly)
   gold      share of prompts whose own greedy answer contains the gold answer, whatever words surround it; only for
             --generate, because it decodes token by token. Compare with full_gold, the same of the full prefill.
-  kept      of the prompts where the full prefill's answer contains the gold answer: share where the variant's own does
+  kept      of the prompts where the full prefill's greedy answer begins with the gold answer, token by token: share
+            where the variant's does
   rows      share of the documents' rows that were computed anew
   work      share of the documents' (row, layer) pairs computed anew, layers that a selector ran over all rows included
 
 with 95 % intervals (bootstrap over prompts). Results are appended to OUT/quality.jsonl prompt by prompt; a second start
-continues there. Reads DIR/multidoc/hotpotqa_distractor_sample100.jsonl.gz.
+continues there. Small models keep a GPU waiting: run several --shard processes into folders of their own, concatenate
+their quality.jsonl and make the tables with --report-only. Reads DIR/multidoc/hotpotqa_distractor_sample100.jsonl.gz.
 """
 
 from __future__ import annotations
@@ -125,7 +129,7 @@ def chat_frame(tokenizer: Any) -> tuple[list[int], str]:
     return tokenizer(INSTRUCTION)["input_ids"], "\nAnswer:"
 
 
-def load_prompts(data: Path, n: int, seed: int, segments: int = 10) -> list[dict[str, Any]]:
+def load_prompts(data: Path, n: int, seed: int, segments: int = 10, task: str = "hotpot") -> list[dict[str, Any]]:
     path = data / "multidoc" / "hotpotqa_distractor_sample100.jsonl.gz"
     if not path.is_file():
         sys.exit(f"--data: {path} does not exist")
@@ -139,10 +143,20 @@ def load_prompts(data: Path, n: int, seed: int, segments: int = 10) -> list[dict
             f"Document: {title}\n{''.join(sentences).strip()}\n\n"
             for title, sentences in zip(context["title"], context["sentences"], strict=True)
         ]
+        question, answer, start = row["question"], row["answer"], ""
+        if task == "codes":
+            codes = [str(shuffle.randrange(10000, 100000)) for _ in documents]
+            documents = [
+                f"{text.rstrip()} The code of {title} is {code}.\n\n"
+                for text, title, code in zip(documents, context["title"], codes, strict=True)
+            ]
+            asked = shuffle.randrange(len(documents))
+            question, answer = f"What is the code of {context['title'][asked]}?", codes[asked]
+            start = f"The code of {context['title'][asked]} is "
         shuffle.shuffle(documents)
         edges = [round(j * len(documents) / segments) for j in range(segments + 1)]
         documents = ["".join(documents[a:b]) for a, b in itertools.pairwise(edges) if a < b]
-        prompts.append({"i": i, "documents": documents, "question": row["question"], "answer": row["answer"]})
+        prompts.append({"i": i, "documents": documents, "question": question, "answer": answer, "start": start})
     return prompts
 
 
@@ -187,6 +201,8 @@ def judge(model: Any, built: Any, full: dict[str, Any], gold: list[int], reached
     work = (account.recomputed * layers + early) / (documents * layers)
     return {
         "kl": divergence(full["gold"], golden),
+        "kept": float(golden.argmax(-1).tolist() == gold) if full["gold"].argmax(-1).tolist() == gold else float("nan"),
+        "full_exact": float(full["gold"].argmax(-1).tolist() == gold),
         "top1": float((full["gold"].argmax(-1) == golden.argmax(-1)).float().mean()),
         "kl_own": divergence(full["own"], along),
         "first": float(same[0]),
@@ -215,7 +231,21 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     return float(values.mean()), float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))
 
 
-MEASURES = ("kl", "top1", "kl_own", "first", "agree", "correct", "gold", "full_gold", "kept", "rows", "work", "early")
+MEASURES = (
+    "kl",
+    "top1",
+    "kl_own",
+    "first",
+    "agree",
+    "correct",
+    "gold",
+    "full_gold",
+    "kept",
+    "full_exact",
+    "rows",
+    "work",
+    "early",
+)
 
 
 def summarize(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -270,6 +300,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.add_argument("--task", choices=["hotpot", "codes"], default="hotpot")
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument(
         "--documents", type=int, default=4, help="segments that the ten paragraphs are joined to; 10: each its own"
@@ -282,6 +313,8 @@ def parse() -> argparse.Namespace:
         "--generate", nargs="*", default=["boundary", "ours"], help="variants that answer on their own, too"
     )
     parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th prompt from I on: one of N processes")
+    parser.add_argument("--report-only", action="store_true", help="the tables of what OUT/quality.jsonl holds")
     parser.add_argument("--max-seconds", type=float, help="begin no further prompt after this time")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -309,16 +342,17 @@ def main() -> None:
     log = args.out / "quality.jsonl"
     records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {(r["i"], r["variant"], r["ratio"]) for r in records}
-    prompts = load_prompts(args.data, args.n, args.seed, args.documents)
+    prompts = load_prompts(args.data, args.n, args.seed, args.documents, args.task)
     begin = time.time()
     with log.open("a") as file:
-        for prompt in tqdm(prompts, desc="prompts"):
+        shard, shards = map(int, args.shard.split("/"))
+        for prompt in tqdm([] if args.report_only else prompts[shard::shards], desc="prompts"):
             plan = [(v, r) for v in variants for r in (v.ratios or args.ratios) if (prompt["i"], v.name, r) not in done]
             if not plan:
                 continue
             if args.max_seconds and time.time() - begin > args.max_seconds:
                 break
-            query = f"Question: {prompt['question']}{tail}"
+            query = f"Question: {prompt['question']}{tail}{prompt['start']}"
             gold = tokenizer(prompt["answer"], add_special_tokens=False)["input_ids"]
             makers = {False: behind, True: alone}
             ids = [makers[False].add_many(prompt["documents"]), []]
@@ -349,11 +383,9 @@ def main() -> None:
                     "full_answer": text,
                     "gold_answer": prompt["answer"],
                 }
-                record["full_gold"], record["kept"] = float(reached > 0), float("nan")
+                record["full_gold"] = float(reached > 0)
                 if text_of_its_own is not None:
                     record["gold"] = float(prompt["answer"].lower() in text_of_its_own.lower())
-                    if reached:
-                        record["kept"] = record["gold"]
                 records.append(record)
                 file.write(json.dumps(record) + "\n")
                 file.flush()
@@ -385,6 +417,7 @@ def report(args: argparse.Namespace, table: list[dict[str, Any]], profile: HeadP
         "model": args.model,
         "dtype": args.dtype,
         "device": device,
+        "task": args.task,
         "documents_per_prompt": args.documents,
         "head_map": profile.metadata.get("method"),
         "versions": {
@@ -417,12 +450,13 @@ def report(args: argparse.Namespace, table: list[dict[str, Any]], profile: HeadP
         "gold",
         "full_gold",
         "kept",
+        "full_exact",
     )
     print(f"{'variant':<24}" + "".join(f"{column:>10}" for column in columns))
     for line in sorted(table, key=lambda line: (line["ratio"], line["kl"])):
         print(f"{line['variant']:<24}" + "".join(f"{line[column]:>10.4g}" for column in columns))
     try:
-        draw(table, args.out / "quality.png", f"{args.model}, HotpotQA, {device}, {facts['date']}")
+        draw(table, args.out / "quality.png", f"{Path(args.model).name}, {args.task}, {device}, {facts['date']}")
     except ImportError:
         print("matplotlib is not installed: no picture")
 
