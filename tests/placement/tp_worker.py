@@ -26,6 +26,7 @@ from transformers.utils import logging
 from redknot_hf import HeadProfile, RedKnotCache
 from redknot_hf.distributed import (
     CacheMissing,
+    WorldPrompt,
     fetch,
     load_world,
     publish,
@@ -295,6 +296,54 @@ def stores_of_servers(r: Ranks) -> None:
                 assert unpublish(store, f"world-{r.size}-{i}")
 
 
+def segments(r: Ranks) -> None:
+    """Documents computed by one process are found by these ranks and the other way round; the same prompts come out."""
+    model, one = r.shards("qwen3"), r.one("qwen3")
+    profile = r.profile("qwen3")
+    folder = r.folder / f"segments-{r.size}"
+    generator = torch.Generator().manual_seed(11)
+    first, second, third = (torch.randint(2, 96, (n,), generator=generator).tolist() for n in (50, 40, 30))
+    header, query = [1, 5, 9], [7, 8, 9, 10]
+    options = dict(header=header, prefill="full")
+    alone = WorldPrompt(one, None, f"file://{folder}", profile, **options)
+    if r.rank == 0:
+        alone.add_many([first, second])
+    distributed.barrier()
+    together = WorldPrompt(model, None, f"file://{folder}", profile, **options)
+
+    def text(prompt, recompute, selector, documents):
+        built = prompt.build(documents, query, recompute, selector)
+        return prompt.model.generate(**built, **GREEDY), built.account
+
+    want, account = text(alone, 0.2, "boundary", [second, first])
+    got, mine = text(together, 0.2, "boundary", [second, first])
+    assert torch.equal(got, want)
+    assert all(segment.hit for segment in mine.segments), mine
+    assert mine.recomputed == account.recomputed > 0 and not mine.exact
+    # the same rows on all ranks, whatever a rank's heads say
+    for selector in ("blend", "kv_deviation", "query_attention"):
+        got, mine = text(together, 0.2, selector, [second, first])
+        everyone = [torch.empty_like(got) for _ in range(r.size)]
+        distributed.all_gather(everyone, got)
+        assert all(torch.equal(each, got) for each in everyone), selector
+    assert torch.equal(
+        text(together, 1.0, "boundary", [second, first])[0], text(alone, 1.0, "boundary", [second, first])[0]
+    )
+    # computed by the ranks, found by one process; and without one rank's heads all of them compute it anew
+    got, mine = text(together, 0.2, "boundary", [third])
+    assert not mine.segments[-1].hit
+    distributed.barrier()
+    again, account = text(alone, 0.2, "boundary", [third])
+    assert account.segments[-1].hit and torch.equal(again, got)
+    distributed.barrier()
+    if r.rank == r.size - 1:
+        names = together.store._names(together._key(third, header))
+        assert together.store.inner.delete(names[-1])
+    distributed.barrier()
+    got, mine = text(together, 0.2, "boundary", [third])
+    assert not mine.segments[-1].hit and torch.equal(again, got)
+
+
 def a_rank_without_its_heads(r: Ranks) -> None:
     """One rank cannot have its heads: all of them say so, none goes on."""
     model = r.shards("llama")
@@ -339,6 +388,7 @@ CHECKS = {
     "files of the world": files_of_the_world,
     "one process to ranks": one_process_to_ranks,
     "stores of servers": stores_of_servers,
+    "segments": segments,
     "a rank without its heads": a_rank_without_its_heads,
 }
 

@@ -2,13 +2,16 @@
 
 from .folders import load_world, save_world
 from .reports import WorldReport, world_report
+from .segments import HeadStore, WorldPrompt
 from .transfer import CacheMissing, Fetched, NotPublished, Publication, fetch, publish, unpublish
 
 __all__ = [
     "CacheMissing",
     "Fetched",
+    "HeadStore",
     "NotPublished",
     "Publication",
+    "WorldPrompt",
     "WorldReport",
     "fetch",
     "load_world",

@@ -278,12 +278,18 @@ class SpliceCache(Cache):
         self.layout: Layout | None = None
         self.staged = self.consumed = self.skipped = 0
         classes = target.profile.head_class if target.profile is not None else [["global"] * 4096] * len(target.layers)
-        self.partial_heads = [np.array([kind != "local" for kind in row]) for row in classes]
+        self.partial_heads = [np.array([kind != "local" for kind in _share(row, target)]) for row in classes]
         super().__init__(layers=[SpliceLayer(self, layer.index, layer.model_window) for layer in target.paged_layers])
 
     def hand_over(self, tokens: int) -> None:
         """Move the first ``tokens`` positions into the target; this cache is empty afterwards."""
         self.target.adopt(_given_away(self, tokens), tokens)
+
+
+def _share(row: list[str], target: RedKnotCache) -> list[str]:
+    """Of a value per KV head those of this process's heads."""
+    count = len(row) // target.tp_size
+    return row[target.tp_rank * count : (target.tp_rank + 1) * count]
 
 
 def _given_away(cache: SpliceCache, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
