@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 from session_helpers import feed, make, mixed_profile, prompt, steps
@@ -74,6 +75,35 @@ def test_eight_children_cost_the_prefix_once(tiny, profile, kv_dtype):
     suffix = prompt(1, 5, seed=77)
     expected = alone(tiny, profile, ids, suffix)[1] if kv_dtype is None else feed(tiny, thawed(cache), suffix)
     assert_same(feed(tiny, cache.fork(), suffix), expected)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_eight_children_of_32k_tokens(tiny, kv_dtype):
+    """What the prefix and eight children in use hold together: the prefix once, and a page or two for each head of a child."""
+    profile = HeadProfile.uniform(tiny.config, sink=4, window=256, global_heads=[(0, 0), (1, 1)])
+    cache = RedKnotCache(tiny.config, profile, prefill="full", kv_dtype=kv_dtype)
+    generator = torch.Generator().manual_seed(0)
+    keys = [torch.randn(1, 2, 32768, 16, generator=generator) for _ in range(2)]
+    cache.adopt(((keys[0], keys[1]) for _ in range(3)), 32768)
+    cache.freeze()
+
+    def held(*caches: RedKnotCache) -> int:
+        pages = [layer.pages for one in caches for layer in one.layers]
+        stores = {id(p.store): p.store.nbytes for p in pages if isinstance(p, FrozenPages)}
+        pools = {id(p.pool): p.pool for p in pages}
+        entries = {key: [p.table[p.table > 0] for p in pages if id(p.pool) == key] for key in pools}
+        live = sum(len(np.unique(np.concatenate(entries[key]))) * pool.page_bytes for key, pool in pools.items())
+        return sum(stores.values()) + live
+
+    alone = held(cache)
+    assert alone == cache.memory_report().live - cache.memory_report().tables
+    children = [cache.fork() for _ in range(8)]
+    assert held(cache, *children) == alone
+    for index, child in enumerate(children):
+        feed(tiny, child, prompt(1, 5, seed=index))
+    page = 64 * 2 * 16 * 4
+    assert alone < held(cache, *children) <= alone + 8 * 3 * 2 * 2 * page
+    assert held(cache, *children) <= (1.15 if kv_dtype is None else 1.45) * alone  # pages of float32 beside int8
 
 
 def test_children_in_any_order_and_of_children(tiny, profile):
