@@ -89,3 +89,18 @@ def passed_cache(arguments: Mapping[str, Any]) -> Any:
     """The cache among a forward's keyword arguments: ``past_key_values`` until 5.23, ``cache`` from 5.24 on."""
     found = arguments.get("past_key_values")
     return arguments.get("cache") if found is None else found
+
+
+def can_switch_attention(config: Any) -> bool:
+    """Whether transformers can run models with this config under a registered implementation; True where it is not known.
+
+    Families from before the attention interface (Falcon, BLOOM, MPT, ...) choose between classes of their own. Falcon ends
+    in ``KeyError: 'redknot'`` when it is loaded so; others keep their attention and only log.
+    """
+    kind = type(config)
+    try:
+        model = transformers.MODEL_MAPPING[kind]
+        model = model[0] if isinstance(model, (tuple, list)) else model
+        return bool(model._can_set_attn_implementation())
+    except (KeyError, AttributeError, ImportError):
+        return True

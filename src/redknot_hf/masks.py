@@ -120,6 +120,10 @@ class RedKnotMask:
     def ndim(self) -> int:
         return 2
 
+    # GPT-2 flattens what it takes for a padding mask
+    def view(self, *shape: Any) -> Any:
+        return self if shape == (self.arguments["batch_size"], -1) else self.dense().view(*shape)
+
     # Model code that indexes the mask on its way to the attention function gets the real tensor, which the attention
     # function then refuses; arithmetic on it would be silently wrong (a bool mask is not an additive one).
     def __getitem__(self, index: Any) -> torch.Tensor:

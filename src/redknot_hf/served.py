@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from . import compat
 from .errors import RedKnotError, UnsupportedModel
 from .heads import HeadProfile
 from .heads.order import in_order_of
@@ -59,13 +60,19 @@ def check_served(cache: RedKnotCache) -> None:
     """A profile must not be ignored without a word: say which layers with local heads are not served from pages.
 
     Raises:
-        UnsupportedModel: none is served.
+        UnsupportedModel: none is served, or transformers cannot run the family under our attention.
     """
     if cache.profile is None:
         return
     # (up to transformers 5.20 layers that share an earlier one's keys have no entry in a cache)
     rows = cache.profile.head_class[: len(cache.layers)]
     local = [index for index, row in enumerate(rows) if "local" in row]
+    if local and not compat.can_switch_attention(cache.config):
+        raise UnsupportedModel(
+            f"{type(cache.config).__name__}: transformers cannot change this family's attention, so local heads cannot be "
+            "served. HeadProfile.all_global(config) is exact, and so is DynamicCache; load the model without "
+            "attn_implementation='redknot'"
+        )
     unserved = [index for index in local if not isinstance(cache.layers[index], RedKnotLayer)]
     if not unserved:
         return

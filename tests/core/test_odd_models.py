@@ -189,3 +189,14 @@ def test_cross_attention_into_a_redknot_cache_is_refused():
     with pytest.raises(RedKnotError) as caught:
         generate(model, EncoderDecoderCache(ours(model), ours(model)), ids, mask)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["falcon", "bloom", "mpt", "gptj"])
+def test_a_family_that_cannot_switch_its_attention_is_refused_before_it_runs(family):
+    """Local heads would never be used there. All heads global is exact, in the family's own attention."""
+    model = tiny_model(family)
+    with pytest.raises(RedKnotError, match=f"{type(model.config).__name__}: transformers cannot change"):
+        RedKnotCache(model.config, mixed_profile(model.config))
+    model.config.use_cache = True  # MPT's own default is False
+    cache = RedKnotCache(model.config, HeadProfile.all_global(model.config))
+    assert_same(generate(model, cache, tokens(12)), generate(model, plain(model), tokens(12)), SPREAD)

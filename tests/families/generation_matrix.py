@@ -1,9 +1,10 @@
 """Every way to generate, for families of every kind: a RedKnotCache with global heads against `DynamicCache`.
 
 `cell(family, mode)` runs both and returns ``"passed"``, ``"failed: ..."`` or ``"not applicable: ..."``; the last only
-where the family's own `DynamicCache` cannot do it either. `ROWS_ALONE` is a pass in right-padded batches of families with
-sliding windows: transformers counts columns there, so that padding between a prompt and what follows takes places in the
-window; a RedKnotCache counts tokens, and every row is what it is without padding.
+where the family's own `DynamicCache` cannot do it either, or where a cache of fixed memory is refused by name.
+`ROWS_ALONE` is a pass in right-padded batches of families with sliding windows: transformers counts columns there, so
+that padding between a prompt and what follows takes places in the window; a RedKnotCache counts tokens, and every row
+is what it is without padding.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tiny_families import tiny_model
 from transformers import DynamicCache
 
 from redknot_hf import HeadProfile, RedKnotCache
+from redknot_hf.errors import UnsupportedModel
 
 FAMILIES = [
     "llama",
@@ -83,12 +85,18 @@ def _multi_turn(model: Any, make: Callable[[], Any]) -> list[Any]:
     return [first, _generate(model, cache, torch.cat([first.sequences, _ids(5, seed=8)], 1))]
 
 
-def _fork(model: Any, make: Callable[[], Any]) -> list[Any]:
+def _fork(model: Any, make: Callable[..., Any]) -> list[Any]:
     root, text = make(), _ids(16)
     with torch.no_grad():
         model(text, past_key_values=root)
     branch = copy.deepcopy(root)
     return [_generate(model, cache, torch.cat([text, _ids(1, seed=s)], 1)) for cache, s in ((branch, 5), (root, 6))]
+
+
+def _twice(model: Any, cache: Any) -> list[Any]:
+    first = _generate(model, cache, **_padded("left"))
+    cache.reset()
+    return [first, _generate(model, cache, _ids(18, 2, 7))]
 
 
 ROWS_ALONE = "passed, as each row alone"
@@ -129,7 +137,7 @@ class _Forward:
         return logits
 
 
-MODES: dict[str, Callable[[Any, Callable[[], Any]], list[Any]]] = {
+MODES: dict[str, Callable[[Any, Callable[..., Any]], list[Any]]] = {
     "greedy": lambda m, c: [_generate(m, c(), _ids(20))],
     "sampling": lambda m, c: [_generate(m, c(), _ids(20), do_sample=True, top_k=8)],
     "beams": lambda m, c: [_generate(m, c(), _ids(20), num_beams=3)],
@@ -142,6 +150,8 @@ MODES: dict[str, Callable[[Any, Callable[[], Any]], list[Any]]] = {
     "left padding": lambda m, c: [_generate(m, c(), **_padded("left"))],
     "right padding": lambda m, c: [_Forward(m, c)],
     "deepcopy fork": _fork,
+    # fixed memory: a prompt with padding, its decode steps, and the same memory once more after reset()
+    "static": lambda m, c: _twice(m, c(max_cache_len=40)),
 }
 
 
@@ -153,13 +163,16 @@ def cell(family: str, mode: str) -> str:
     model.set_attn_implementation(default)
     try:
         try:
-            want = MODES[mode](model, lambda: DynamicCache(config=model.config))
+            want = MODES[mode](model, lambda **fixed: DynamicCache(config=model.config))
         except Exception as problem:
             return f"not applicable: {type(problem).__name__}: {' '.join(str(problem).split())[:140]}"
         model.set_attn_implementation("redknot")
         profile = HeadProfile.all_global(model.config)
         try:
-            got = MODES[mode](model, lambda: RedKnotCache(model.config, profile, page_size=4))
+            got = MODES[mode](model, lambda **fixed: RedKnotCache(model.config, profile, page_size=4, **fixed))
+        except UnsupportedModel as problem:
+            word = "not applicable" if mode == "static" and "static form" in str(problem) else "failed"
+            return f"{word}: {type(problem).__name__}: {' '.join(str(problem).split())[:140]}"
         except Exception as problem:
             return f"failed: {type(problem).__name__}: {' '.join(str(problem).split())[:140]}"
         off = max(difference(a, b) for a, b in zip(want, got, strict=True))
