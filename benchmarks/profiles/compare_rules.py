@@ -185,7 +185,7 @@ def calibrate(model: Any, tokenizer: Any, layout: Any, args: argparse.Namespace,
     if load.search_needles:
         measured.prompts.clear()
         fresh = build_prompts(
-            tokenizer, source, "selection", load.search_needles, load.search_texts, context, load.rows, 0
+            tokenizer, source, "selection", load.search_needles, load.search_texts, context, load.search_rows, 0
         )  # fmt: skip
         groups = [*batches(fresh[0], load.batch), *batches(fresh[1], load.batch)]
         prompts = [full_reference(model, collate(group, device)) for group in groups]

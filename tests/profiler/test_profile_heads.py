@@ -201,7 +201,7 @@ def test_the_work_of_a_gpu_batches_and_prompts_of_the_search(planted_model, byte
     """What only a GPU does by default, run here with small numbers."""
     load = Workload(
         needles=4, texts=2, held_needles=4, held_texts=2, rows=64, text_sketches=4, needle_sketches=2, gate_steps=12,
-        batch=2, search_needles=6, search_texts=2, rounds=3, lengths=(1, 2, 4), singles=4, search_sketches=2,
+        batch=2, search_needles=6, search_texts=2, search_rows=48, rounds=3, lengths=(1, 2, 4), singles=4, search_sketches=2,
         deployed=True,
     )  # fmt: skip
     monkeypatch.setattr("redknot_hf.heads.profiler.api.workload", lambda *_: load)

@@ -70,7 +70,7 @@ def profile_heads(
             it. The last choice between a few maps and the validation are made in this mode; scores and search are not.
         context: tokens per calibration context.
         seed: of prompts, prose and sketches; equal seeds give equal profiles on one machine.
-        gate_steps: of Adam; None for what the device does in time (32 on a CPU, 120 on a GPU, 32 there from 1B on).
+        gate_steps: of Adam; None for what the device does in time (32 on a CPU; 120 on a GPU, 24 there from 1B on).
         gate_weight: of the KL against the mean gate; more keeps more heads.
         samples: retrieval prompts; None for what the device does in minutes (5 on a CPU, 40 on a GPU).
         validate: False skips the validation (not with `tolerance`).
@@ -127,7 +127,7 @@ def profile_heads(
         if load.search_needles and method != "gates":
             measured.prompts.clear()  # their KV makes room for the search's
             fresh = build_prompts(
-                tokenizer, texts, "selection", load.search_needles, load.search_texts, context, load.rows, seed
+                tokenizer, texts, "selection", load.search_needles, load.search_texts, context, load.search_rows, seed
             )  # fmt: skip
             groups = [*batches(fresh[0], load.batch), *batches(fresh[1], load.batch)]
             prompts = [full_reference(model, collate(group, device)) for group in groups]

@@ -39,6 +39,7 @@ class Workload:
         batch: prompts per forward pass.
         search_needles, search_texts: prompts on which maps are compared; 0 takes those of the scored pass, which need no
             new prefill.
+        search_rows: tokens of a text's suffix on which maps are compared.
         rounds, lengths, singles, search_sketches: of the search (`refine.Search`, `local_model.linearise`).
         deployed: measure the last few maps in the mode of the deployment, which may need a prefill for each.
     """
@@ -54,6 +55,7 @@ class Workload:
     batch: int
     search_needles: int
     search_texts: int
+    search_rows: int
     rounds: int
     lengths: tuple[int, ...]
     singles: int
@@ -79,20 +81,19 @@ def workload(device: torch.device, context: int, samples: int | None, parameters
         return Workload(
             needles=n, texts=max(1, n * 3 // 5), held_needles=max(1, n * 4 // 5), held_texts=max(1, n * 2 // 5),
             rows=64, text_sketches=8, needle_sketches=4, gate_steps=32, batch=1,
-            search_needles=0, search_texts=0, rounds=2, lengths=(2, 6, 16), singles=2, search_sketches=1,
+            search_needles=0, search_texts=0, search_rows=64, rounds=2, lengths=(2, 6, 16), singles=2, search_sketches=1,
             deployed=False,
         )  # fmt: skip
     large = parameters >= _LARGE
     n = (24 if large else 40) if samples is None else samples
     half = max(1, n * 3 // 5)
-    wide = (1, 2, 3, 4, 6, 8, 12, 16, 24)
     return Workload(
         needles=n, texts=half, held_needles=n, held_texts=half, rows=64 if large else 128,
-        text_sketches=8 if large else 16, needle_sketches=4 if large else 8, gate_steps=32 if large else 120,
+        text_sketches=8 if large else 16, needle_sketches=4 if large else 8, gate_steps=24 if large else 120,
         batch=max(1, min(24, 49_152 // context)),
-        search_needles=n if large else 3 * n, search_texts=half if large else 3 * half,
-        rounds=3 if large else 8, lengths=(1, 2, 4, 8, 16) if large else wide, singles=8 if large else 24,
-        search_sketches=2 if large else 4, deployed=True,
+        search_needles=n if large else 2 * n, search_texts=half if large else 2 * half, search_rows=64,
+        rounds=2 if large else 6, lengths=(1, 2, 4, 8, 16) if large else (1, 2, 3, 4, 6, 8, 12, 16, 24),
+        singles=6 if large else 16, search_sketches=2 if large else 4, deployed=True,
     )  # fmt: skip
 
 

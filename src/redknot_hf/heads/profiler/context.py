@@ -26,19 +26,14 @@ class _ContextLayer(DynamicLayer):
     """Keeps all tokens while recording; afterwards returns context + new tokens and keeps only the context."""
 
     recording = True
-    copies = 1
+    apart = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.recording:
             return super().update(key_states, value_states, *args, **kwargs)
-        return torch.cat([self._copied(self.keys), key_states], dim=-2), torch.cat(
-            [self._copied(self.values), value_states], dim=-2
-        )
-
-    def _copied(self, states: Tensor) -> Tensor:
-        if self.copies == 1:
-            return states
-        return states[None].expand(self.copies, *states.shape).flatten(0, 1)
+        if self.apart:
+            return key_states, value_states
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
 class ContextCache(Cache):
@@ -61,22 +56,27 @@ class ContextCache(Cache):
 
     @property
     def repeatable(self) -> bool:
-        """Whether `for_run` can make several copies: only layers that keep tokens can."""
+        """Whether runs may be larger than the contexts' batch: only where every layer keeps tokens."""
         return all(isinstance(layer, _ContextLayer) for layer in self.layers)
 
-    def for_run(self, copies: int = 1) -> Cache:
+    def for_run(self, apart: bool = False) -> Cache:
         """A cache for one suffix run: shares the context's tensors, copies other layers' states.
 
         Args:
-            copies: the run's batch is the contexts' batch this many times, one whole batch after the other.
+            apart: attention sees only the suffix's keys and values; the handler reads the context's from `keys_of`. The
+                run's batch may then be the contexts' several times over, with nothing copied.
         """
         run = copy.copy(self)
         run.layers = [copy.copy(layer) if isinstance(layer, _ContextLayer) else copy.deepcopy(layer)
                       for layer in self.layers]  # fmt: skip
         for layer in run.layers:
             if isinstance(layer, _ContextLayer):
-                layer.copies = copies
+                layer.apart = apart
         return run
+
+    def keys_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one attention layer, each `[batch, kv_heads, tokens, dim]`."""
+        return self.layers[layer].keys, self.layers[layer].values
 
 
 def _keep_one_logit(model: Any) -> dict[str, int]:

@@ -18,7 +18,7 @@ from .context import ContextCache, prefill
 from .intercept import AttentionCall, Handler, intercept
 from .objective import prompt_terms
 from .validation import Prompts
-from .visibility import HeadMap, attend, visible_attention
+from .visibility import HeadMap, attend, visible_attention, windowed_handler
 
 __all__ = ["map_costs", "maps_handler"]
 
@@ -26,29 +26,29 @@ _ROWS = 24_576
 """Suffix rows per forward pass: enough to fill a large GPU, and little memory."""
 
 
-def maps_handler(maps: Sequence[HeadMap], device: Any) -> Handler:
-    """A handler for a batch that holds the same prompts once per map, map-major.
+def maps_handler(maps: Sequence[HeadMap], cache: ContextCache) -> Handler:
+    """A handler for a run of `cache.for_run(apart=True)` that holds the same prompts once per map, map-major.
 
     Args:
         maps: head maps.
-        device: of the batch.
+        cache: the contexts.
     """
-    count = len(maps)
-    if count > 1:
-        plan, indices = _plan(maps, device)
+    plan, indices = _plan(maps, cache.keys_of(0)[0].device)
 
     def handler(call: AttentionCall) -> Tensor:
-        if count == 1:
-            return visible_attention(call, maps[0].sink[call.layer], maps[0].window[call.layer])
+        context = cache.keys_of(call.layer)
         if call.sink_logits is None:
-            return _grouped(call, plan[call.layer], indices, count)
-        size = call.query.shape[0] // count
+            return _grouped(call, context, plan[call.layer], indices, len(maps))
+        size = call.query.shape[0] // len(maps)
         parts = []
         for i, visible in enumerate(maps):
             part = slice(i * size, (i + 1) * size)
+            key, value = (
+                torch.cat([old, new[part]], dim=2) for old, new in zip(context, (call.key, call.value), strict=True)
+            )
             one = AttentionCall(
-                call.layer, call.query[part], call.key[part], call.value[part], call.scaling, call.model_window,
-                call.softcap, call.sink_logits,
+                call.layer, call.query[part], key, value, call.scaling, call.model_window, call.softcap,
+                call.sink_logits,
             )  # fmt: skip
             parts.append(visible_attention(one, visible.sink[call.layer], visible.window[call.layer]))
         return torch.cat(parts)
@@ -78,46 +78,54 @@ def _plan(maps: Sequence[HeadMap], device: Any) -> tuple[list[Groups], Tensor]:
     return layers, torch.tensor(flat).T.contiguous().to(device)
 
 
-def _grouped(call: AttentionCall, groups: Groups, indices: Tensor, count: int) -> Tensor:
+def _grouped(
+    call: AttentionCall, context: tuple[Tensor, Tensor], groups: Groups, indices: Tensor, count: int
+) -> Tensor:
     """Attention of every (map, head) pair, pairs of one window together."""
-    total_batch, query_heads, length, dim = call.query.shape
-    batch, heads, size = total_batch // count, call.key.shape[1], call.groups
-    total, offset, device = call.key.shape[2], call.offset, call.query.device
-    query = call.query.reshape(count, batch, heads, size, length, dim)
-    key = call.key.reshape(count, batch, heads, total, dim)
-    value = call.value.reshape(count, batch, heads, total, -1)
-    out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=value.dtype, device=device)
-    positions = torch.arange(offset, total, device=device)[:, None]
+    total_batch, query_heads, rows, dim = call.query.shape
+    heads, size, offset = call.key.shape[1], call.groups, context[0].shape[2]
+    batch, device = total_batch // count, call.query.device
+    query = call.query.reshape(count, batch, heads, size, rows, dim)
+    out = torch.empty(*query.shape[:-1], call.value.shape[-1], dtype=call.value.dtype, device=device)
+    positions = torch.arange(offset, offset + rows, device=device)[:, None]
     for sink, window, first, last in groups:
         m, h = indices[0, first:last], indices[1, first:last]
         span = min(window, call.model_window) if call.model_window else window
-        low = max(0, offset - span + 1)
+        low = min(offset, max(0, offset - span + 1))
         low, kept = (0, 0) if low <= sink else (low, sink)
-        keys = torch.cat([torch.arange(kept, device=device), torch.arange(low, total, device=device)])
+        keys = torch.cat([torch.arange(kept, device=device), torch.arange(low, offset + rows, device=device)])
         visible = (keys <= positions) & ((keys < sink) | (keys > positions - span))
         if call.model_window:
             visible &= keys > positions - call.model_window
 
         def gather(
-            cached: Tensor, m: Tensor = m, h: Tensor = h, low: int = low, kept: int = kept
-        ) -> Tensor:  # [maps, batch, heads, keys, dim] -> [pairs * batch, 1, visible keys, dim]
-            recent = cached[:, :, :, low:][m, :, h]
+            old: Tensor, new: Tensor, m: Tensor = m, h: Tensor = h, low: int = low, kept: int = kept
+        ) -> Tensor:  # [batch, heads, context, dim], [maps * batch, heads, rows, dim] -> [pairs * batch, 1, keys, dim]
+            found = torch.empty(
+                len(m), batch, kept + old.shape[2] - low + rows, old.shape[3], dtype=old.dtype, device=old.device
+            )
+            by_head = old.transpose(0, 1)
             if kept:
-                recent = torch.cat([cached[:, :, :, :kept][m, :, h], recent], dim=2)
-            return recent.flatten(0, 1)[:, None]
+                found[:, :, :kept] = by_head[:, :, :kept][h]
+            found[:, :, kept : found.shape[2] - rows] = by_head[:, :, low:][h]
+            found[:, :, found.shape[2] - rows :] = new.unflatten(0, (count, batch))[m, :, h]
+            return found.flatten(0, 1)[:, None]
 
-        part = attend(call, query[m, :, h].flatten(0, 1), gather(key), gather(value), visible)
-        out[m, :, h] = part.reshape(last - first, batch, size, length, -1)
-    return out.reshape(total_batch, query_heads, length, -1)
+        key, value = (gather(old, new) for old, new in zip(context, (call.key, call.value), strict=True))
+        part = attend(call, query[m, :, h].flatten(0, 1), key, value, visible)
+        out[m, :, h] = part.reshape(last - first, batch, size, rows, -1)
+    return out.reshape(total_batch, query_heads, rows, -1)
 
 
-def _target_logits(model: Any, cache: ContextCache, suffix: Tensor, keep: Tensor, copies: int, handler: Handler) -> Any:
-    """Logits `[copies * batch, kept rows, vocabulary]`."""
+def _target_logits(model: Any, cache: ContextCache, suffix: Tensor, keep: Tensor, maps: Sequence[HeadMap]) -> Any:
+    """Logits `[maps * batch, kept rows, vocabulary]`; `keep` are the rows that are wanted."""
     some = "logits_to_keep" in inspect.signature(model.forward).parameters
-    with intercept(model, handler):
+    apart = cache.repeatable
+    assert apart or len(maps) == 1
+    with intercept(model, maps_handler(maps, cache) if apart else windowed_handler(maps[0])):
         logits = model(
-            input_ids=suffix.repeat(copies, 1),
-            past_key_values=cache.for_run(copies),
+            input_ids=suffix.repeat(len(maps), 1),
+            past_key_values=cache.for_run(apart),
             use_cache=True,
             **({"logits_to_keep": keep} if some else {}),
         ).logits
@@ -152,14 +160,8 @@ def map_costs(
         copies = max(1, rows // batch.suffix.numel()) if shared else 1
         for start in range(0, len(maps), copies):
             some = maps[start : start + copies]
-            cache = (
-                prompt.cache
-                if mode == "full"
-                else prefill(model, batch.context, maps_handler(some, batch.context.device))
-            )
-            logits = _target_logits(
-                model, cache, batch.suffix, keep, len(some), maps_handler(some, batch.context.device)
-            )
+            cache = prompt.cache if mode == "full" else prefill(model, batch.context, windowed_handler(some[0]))
+            logits = _target_logits(model, cache, batch.suffix, keep, some)
             for i, part in enumerate(logits.split(len(batch))):
                 log_probs = part[chosen].float().log_softmax(-1)
                 kl, miss = prompt_terms(log_probs, prompt.log_probs.float(), batch)
