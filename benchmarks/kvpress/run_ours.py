@@ -73,15 +73,20 @@ def _pieces(text: str, count: int = 50, characters: int = 2000) -> list[str]:
     return [text[i * step : i * step + characters] for i in range(count)]
 
 
-def profile_at(config: Any, level: float, tokens: int, prefill: str, dtype: torch.dtype) -> HeadProfile:
+def profile_at(model: Any, level: float, tokens: int, prefill: str) -> HeadProfile:
     """The shipped profile with windows fitted to allocate at most ``level`` of the dense bytes after ``tokens``."""
     shipped = HeadProfile.load("SmolLM2-135M-Instruct")
-    dense = shipped.dense_kv_bytes(tokens, dtype=dtype)
-    row = torch.zeros(1, shipped.num_kv_heads, tokens, config.head_dim, dtype=dtype)
+    dense = shipped.dense_kv_bytes(tokens, dtype=model.dtype)
+    row = torch.zeros(1, shipped.num_kv_heads, tokens, model.config.head_dim, dtype=model.dtype)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
 
+    @torch.inference_mode()
     def fits(profile: HeadProfile) -> bool:
-        cache = RedKnotCache(config, profile, prefill=prefill, page_size=PAGE)
-        cache.adopt([(row, row)] * shipped.num_layers, tokens)
+        cache = RedKnotCache(model.config, profile, prefill=prefill, page_size=PAGE)
+        if model.device.type == "cpu":  # a forward takes a second there, and allocates the same
+            cache.adopt([(row, row)] * shipped.num_layers, tokens)
+        else:
+            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cache.memory_report().allocated <= level * dense
 
     return fitted(shipped, fits, PAGE)
@@ -125,7 +130,7 @@ def main() -> None:
             tokens = len(prompt["context"])
             key = (level, tokens, prefill)
             if key not in profiles:
-                profiles[key] = profile_at(model.config, level, tokens, prefill, model.dtype)
+                profiles[key] = profile_at(model, level, tokens, prefill)
             cache = RedKnotCache(model.config, profiles[key], prefill=prefill, page_size=PAGE)
             model(
                 torch.tensor([prompt["context"]], device=model.device),
@@ -152,7 +157,7 @@ def main() -> None:
     long = next(p for p in data["prompts"] if p["task"] == "single")
     short = next(p for p in data["prompts"] if p["task"] == "kv_short")
     for prefill in ("full", "windowed"):
-        profile = profile_at(model.config, 0.5, len(long["context"]), prefill, model.dtype)
+        profile = profile_at(model, 0.5, len(long["context"]), prefill)
 
         def read(ids: torch.Tensor, mask: torch.Tensor | None, profile: Any = profile, prefill: str = prefill) -> Any:
             cache = RedKnotCache(model.config, profile, prefill=prefill, page_size=PAGE)

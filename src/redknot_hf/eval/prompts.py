@@ -107,13 +107,13 @@ class Haystack:
             while True:
                 yield from _sentences(make_prose(f"eval-{self._seed}-{count}", paragraphs=18))
                 count += 1
-        order = [sentence for text in self._texts for sentence in _sentences(text)]
-        start = random.Random(f"haystack-{self._seed}").randrange(len(order)) if order else 0
+        order = _split(tuple(self._texts))
         if not order:
             raise RedKnotError("the haystack texts hold no sentence: pass plain text of a few thousand words")
+        at = random.Random(f"haystack-{self._seed}").randrange(len(order))
         while True:
-            yield from order[start:]
-            start = 0
+            yield order[at]
+            at = (at + 1) % len(order)
 
 
 class PromptMaker:
@@ -246,6 +246,12 @@ def _repeat(text: str) -> Iterator[str]:
     sentences = list(_sentences(text))
     while True:
         yield from sentences
+
+
+@lru_cache(maxsize=4)
+def _split(texts: tuple[str, ...]) -> list[str]:
+    """Kept: every prompt starts somewhere in the same texts."""
+    return [sentence for text in texts for sentence in _sentences(text)]
 
 
 def _sentences(text: str) -> Iterator[str]:
