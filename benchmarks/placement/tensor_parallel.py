@@ -145,8 +145,8 @@ def fill(cache: Any, config: Any, heads: slice, batch: int, context: int, dtype:
 
 
 class Bench:
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.ranks, self.began = args, Ranks(), time.time()
+    def __init__(self, args: argparse.Namespace, ranks: Ranks):
+        self.args, self.ranks, self.began = args, ranks, time.time()
         self.config = SHAPES[args.shape]
         if args.layers:
             self.config.num_hidden_layers = args.layers
@@ -384,6 +384,8 @@ class Bench:
             self.equal_tokens(args.fp32_layers)
         begin = time.perf_counter()
         self.model = build(self.config, self.dtype, ranks)
+        if ranks.size > 1 and not distributed.is_initialized():
+            raise SystemExit("the model was not distributed")
         ranks.wait()
         weights = sum(local(p).nbytes for p in self.model.parameters())
         self.note(part="build", seconds=round(time.perf_counter() - begin, 1), weights_bytes_per_rank=weights)
@@ -407,8 +409,8 @@ class Bench:
                 self.graph(batch, context)
         ranks.wait()
         self.note(part="done")
-        if ranks.size > 1:
-            distributed.destroy_process_group()
+        self.model = None
+        release()
 
 
 def local(tensor: Any) -> torch.Tensor:
@@ -430,12 +432,14 @@ def release() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
+    parser.add_argument("--shape", default="llama-8b", help=f"of {', '.join(SHAPES)}, comma separated")
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
     parser.add_argument("--fp32-layers", type=int, default=4, help="layers of the fp32 equality model; 0 to skip it")
     parser.add_argument("--parts", default="equal,decode,bytes,prefill", help="of those above, and graph")
-    parser.add_argument("--cases", default="1x8192,1x131072,8x32768", help="batch x context, comma separated")
-    parser.add_argument("--prefill", default="32768", help="prompt lengths, comma separated")
+    parser.add_argument(
+        "--cases", default="1x8192,1x131072,8x32768", help="batch x context, comma separated; / between shapes"
+    )
+    parser.add_argument("--prefill", default="32768", help="prompt lengths, comma separated; / between shapes")
     parser.add_argument("--steps", type=int, default=8, help="decode steps per timed run")
     parser.add_argument("--reference", help="folder for the results of one process that several are compared with")
     parser.add_argument("--store", default="file:///tmp/redknot-transfer", help="URL for the part transfer")
@@ -443,5 +447,24 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def run() -> None:
+    args = parse()
+    shapes, cases, prompts = args.shape.split(","), args.cases.split("/"), args.prefill.split("/")
+    ranks = Ranks()
+    for i, shape in enumerate(shapes):
+        args.shape, args.cases, args.prefill = shape, cases[i % len(cases)], prompts[i % len(prompts)]
+        bench = Bench(args, ranks)
+        try:
+            bench.main()
+        except (torch.OutOfMemoryError, redknot_hf.RedKnotError) as error:  # the next shape still has its turn
+            bench.note(part="stopped", error=f"{type(error).__name__}: {error}"[:300])
+            if ranks.size > 1:
+                raise
+            del bench
+            release()
+    if ranks.size > 1:
+        distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    Bench(parse()).main()
+    run()
