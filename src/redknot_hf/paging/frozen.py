@@ -194,18 +194,13 @@ class FrozenPages(LayerPages):
 
     # ---------------------------------------------------------------------------------------------------- grow
     def pages_wanted(self, new: np.ndarray) -> int:
-        kept = self.frozen > 0
-        return super().pages_wanted(new) - int(kept.sum()) + int((kept & self._will_touch(new)).sum())
-
-    def _will_touch(self, new: np.ndarray) -> np.ndarray:
+        stays = self.frozen > 0  # and so takes no page of the pool
         if self.needs_pool:
-            return np.ones(self.frozen.shape, bool)
-        width = self.frozen.shape[2]
-        wide = max(width, int(self.pages_for(self.lens + new).max(initial=0)))
-        probe = object.__new__(LayerPages)
-        probe.__dict__.update(self.__dict__)
-        probe.table = np.zeros((*self.table.shape[:2], wide), np.int32)
-        return probe._touched(new)[:, :, :width]
+            stays[:] = False
+        elif stays.any():
+            columns = max(stays.shape[2], int(self.pages_for(self.lens + new).max(initial=0)))
+            stays &= ~self._touched(new, columns)[:, :, : stays.shape[2]]
+        return super().pages_wanted(new) - int(stays.sum())
 
     def prepare(self, new: np.ndarray) -> None:
         if self.needs_pool and self.frozen.any():

@@ -244,9 +244,10 @@ class LayerPages:
         """Whether pages must be looked at before they are written to."""
         return self.shared
 
-    def _touched(self, new: np.ndarray) -> np.ndarray:
-        """Which pages the next ``new`` (int64 ``[batch]``) tokens are written to: bool, shaped like the table."""
-        touched = np.zeros(self.table.shape, bool)
+    def _touched(self, new: np.ndarray, columns: int | None = None) -> np.ndarray:
+        """Which pages the next ``new`` (int64 ``[batch]``) tokens are written to: bool, shaped like the table, or with
+        another number of ``columns`` before the table has grown."""
+        touched = np.zeros((*self.table.shape[:2], columns or self.table.shape[2]), bool)
         heads = np.arange(self.num_heads)
         for row in np.flatnonzero(new > 0):
             first = max(int(self.lens[row]), int(self.lens[row] + new[row]) - int(self.ring.max(initial=0)))
