@@ -12,6 +12,8 @@ from redknot_hf.heads import HeadProfile
 from redknot_hf.heads.profiler.collect import build_prompts, frozen
 from redknot_hf.heads.profiler.curvature import score_batch
 from redknot_hf.heads.profiler.intercept import decoder_layout
+from redknot_hf.heads.profiler.objective import Objective
+from redknot_hf.heads.profiler.refine import refine, search_on
 from redknot_hf.heads.profiler.scores import HeadScores
 from redknot_hf.heads.profiler.tasks import collate
 from redknot_hf.heads.profiler.validation import full_reference, measure
@@ -28,12 +30,17 @@ def test_the_shipped_profile_keeps_the_known_heads():
     assert sum(local) <= profile.metadata["budget"]["mean_window"] * len(local)
 
 
+@pytest.fixture(scope="module")
+def needles(smollm2):
+    """Two prompts of 640 tokens, both answered by the full cache."""
+    return build_prompts(smollm2[1], None, "profile", 2, 1, 640, 32, seed=0)[0]
+
+
 @pytest.mark.slow
-def test_known_heads_rank_on_top(smollm2):
-    """About 20 s of one core: two needles of 640 tokens."""
-    model, tokenizer = smollm2
+def test_known_heads_rank_on_top(smollm2, needles):
+    """About 20 s of one core."""
+    model, _ = smollm2
     layout = decoder_layout(model)
-    needles, _ = build_prompts(tokenizer, None, "profile", 2, 1, 640, 32, seed=0)
     scores = HeadScores(layout.num_layers, layout.num_kv_heads, (256,), 4)
     with frozen(model):
         prompts = [full_reference(model, collate([needle])) for needle in needles]
@@ -51,3 +58,24 @@ def test_known_heads_rank_on_top(smollm2):
     assert top >= KNOWN
     assert max(cost, key=cost.__getitem__) == (18, 2)
     assert torch.isfinite(retrieval).all()
+
+
+@pytest.mark.slow
+def test_the_search_brings_the_known_heads_back(smollm2, needles):
+    """About 20 s of one core: fourteen global heads, none of them known; one round."""
+    model, _ = smollm2
+    layout = decoder_layout(model)
+    cells = [(l, h) for l in layout.layers for h in range(layout.num_kv_heads)]
+    windows = (64, 256)
+    start = torch.full((90,), 1)
+    start[[i for i, cell in enumerate(cells) if cell not in KNOWN][:14]] = 2
+    with frozen(model):
+        prompts = [full_reference(model, collate([needle])) for needle in needles]
+        search = search_on(
+            model, layout, prompts, windows=windows, sink=4, objective=Objective(), sketches=1, seed=0, mode="full",
+            rounds=1, lengths=(3, 8), singles=0,
+        )  # fmt: skip
+        best, history = refine(start, 256 * 76, search)
+    kept = {cell for cell, option in zip(cells, best.tolist(), strict=True) if option == 2}
+    assert (18, 2) in kept and len(kept) == 14 and len(kept & KNOWN) >= 2
+    assert history[1]["cost"] < 0.5 * history[0]["cost"]
