@@ -21,7 +21,7 @@ from ..paging.pages import KEEP_ALL
 from . import place_kernel
 from .entry import SegmentRows
 from .rope import Layout, Relocator, rotate, rotate_into
-from .rows import RowSet, kinds
+from .rows import RowSet
 from .splice import SpliceCache, SpliceLayer
 
 __all__ = ["Loader", "Place"]
@@ -90,7 +90,11 @@ class Loader:
         self._started.add(layer.index)
         computed = rows.host if rows.partial is None else rows.host[~rows.partial]
         computed = computed[computed < self.total]
-        for sink, window, heads in kinds(layer.sink, layer.window):
+        if fresh and on_gpu and len(layer.kinds) == 1 and layer.kinds[0][1] >= KEEP_ALL and len(computed) < self.total:
+            self._whole.add(layer.index)  # the usual case; what follows comes to the same
+            self._bring_all(layer, on_gpu)
+            return
+        for sink, window, heads in layer.kinds:
             there = self._there.setdefault((layer.index, sink, window), np.zeros(self.total, bool))
             absent = ~there
             if self.cache.observer is None or not self.cache.observer.compares:

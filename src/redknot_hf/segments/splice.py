@@ -29,7 +29,7 @@ from ..layer import Handle, RedKnotLayer, Step, effective_window
 from ..masks import CacheLength, RedKnotMask
 from ..paging.pages import KEEP_ALL
 from ..paging.torch_attention import AttentionSpec
-from .rows import PAGE, RowSet, attend_rows
+from .rows import PAGE, RowSet, attend_rows, kinds
 
 __all__ = ["Layout", "Observer", "SpliceCache", "SpliceLayer", "decoder_layers", "forward_rows", "narrow_rows"]
 
@@ -79,6 +79,7 @@ class SpliceLayer(CacheLayerMixin):
         self.cache, self.index, self.model_window = cache, index, model_window
         self.is_sliding = model_window is not None
         self.in_place = False
+        self._kinds: list[tuple[int, int, np.ndarray]] | None = None
         self.k: torch.Tensor | None = None
         self.v: torch.Tensor | None = None
 
@@ -123,12 +124,20 @@ class SpliceLayer(CacheLayerMixin):
             target.pages, target.kernel = None, None
 
     def _geometry(self, heads: int) -> None:
+        self._kinds = None
         target = self.cache.target
         if target.prefill == "full":
             sink, window = np.zeros(heads, np.int64), np.full(heads, KEEP_ALL, np.int64)
             self.sink, self.window, self.extra_window = effective_window(sink, window, self.model_window)
         else:
             self.sink, self.window, self.extra_window = target.geometry(self.index, heads, self.model_window)
+
+    @property
+    def kinds(self) -> list[tuple[int, int, np.ndarray]]:
+        """(sink, window, heads) of heads under one rule."""
+        if self._kinds is None:
+            self._kinds = list(kinds(self.sink, self.window))
+        return self._kinds
 
     def fill(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | slice) -> None:
         """Store keys (rotated for their positions) and values ``[batch, kv_heads, n, dim]`` computed elsewhere."""
