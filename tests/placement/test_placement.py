@@ -177,7 +177,7 @@ def test_replication_when_ranks_outnumber_heads():
             place_heads(profile, bad)
 
 
-@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
 @pytest.mark.parametrize("name", shipped_names())
 def test_shipped_profiles_balance(name, world_size):
     profile = HeadProfile.load(name)

@@ -101,6 +101,7 @@ class Fetcher:
         else:
             self.ranks = Ranks(rank, world_size)
         self.nbytes = self.cells = self.local = 0
+        self._devices: dict[int, torch.device] | None = None
 
     def fetch(self) -> Fetched:
         for attempt in range(ATTEMPTS):
@@ -181,8 +182,8 @@ class Fetcher:
         from ..cache import RedKnotCache
 
         profile = HeadProfile.all_global(self.config) if root.profile is None else root.profile
-        share = dict(tp_rank=self.ranks.rank, tp_size=self.ranks.size)
-        cache = RedKnotCache(self.config, profile, **{**root.options, **self.options}, **share)
+        options = {**root.options, **self.options, "tp_rank": self.ranks.rank, "tp_size": self.ranks.size}
+        cache = RedKnotCache(self.config, profile, **options)
         if len(root.layers) != len(cache.layers) or (root.heads and root.heads != profile.num_kv_heads):
             raise CacheError(
                 f"it has {len(root.layers)} layers of {root.heads} KV heads, the model {len(cache.layers)} of "
@@ -232,9 +233,9 @@ class Fetcher:
             return self.device
         if self.model is None:
             return torch.device("cpu")
-        if not hasattr(self, "_devices"):
+        if self._devices is None:
             self._devices = dict(layer_devices(self.model))
-        return self._devices.get(index, self.model.device)
+        return self._devices.get(index) or next(self.model.parameters()).device
 
     def _checked(
         self, layer: RedKnotLayer, place: int, head: int, entry: SegmentEntry | None, lens: np.ndarray
@@ -259,8 +260,9 @@ class Fetcher:
         device = held[0].device if held else torch.device("cpu")
         columns = root.seen if root.tokens is None else root.tokens.shape[1]
         mask = np.ones((len(root.lens), columns), np.int64)
-        if root.padding is not None:
-            mask[:, : root.seen] = root.real_columns()
+        real = root.real_columns()
+        if real is not None:
+            mask[:, : root.seen] = real
         return Fetched(
             cache=cache,
             tokens=None if root.tokens is None else root.tokens.to(device),

@@ -51,5 +51,5 @@ def load_world(folder: str | os.PathLike[str], config: Any, **options: Any) -> F
     """
     if not Path(folder).is_dir():
         raise RedKnotError(f"folder: {os.fspath(folder)} is not a directory")
-    with SegmentStore(Path(folder), create=False) as store:
+    with SegmentStore(Path(folder)) as store:
         return fetch(store, _KEY, config, **options)

@@ -131,7 +131,7 @@ class Root:
             layers=layers,
             seen=cache.seen,
             row_of=_same_rows(held, batch),
-            lens=held[0].pages.lens.tolist() if held else [],
+            lens=held[0].pages.lens.tolist() if held else [],  # type: ignore[union-attr]
             options={"prefill": cache.prefill, "page_size": cache.page_size, "rollback": cache.rollback},
             padding=_padding(cache, batch),
             tokens=_checked_tokens(tokens, batch, cache.seen),

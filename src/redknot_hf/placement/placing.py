@@ -258,8 +258,14 @@ def rank_profile(profile: HeadProfile, rank: int, world_size: int) -> HeadProfil
     metadata["scores"] = {key: [row[mine] for row in rows] for key, rows in metadata.get("scores", {}).items()}
     metadata.pop("placement", None)
     metadata["rank"], metadata["world_size"] = rank, world_size
-    rows = ([row[mine] for row in matrix] for matrix in (profile.head_class, profile.sink, profile.window))
-    return HeadProfile(profile.num_layers, size, *rows, metadata)
+    return HeadProfile(
+        profile.num_layers,
+        size,
+        [row[mine] for row in profile.head_class],
+        [row[mine] for row in profile.sink],
+        [row[mine] for row in profile.window],
+        metadata,
+    )
 
 
 def _replicas(profile: HeadProfile, world_size: int) -> int:
