@@ -303,6 +303,10 @@ def test_crop_into_a_frozen_prefix(tiny):
     assert torch.equal(cache.layers[2].keys, keys[:, :, :53]) and torch.equal(whole.layers[2].keys, keys)
     feed(tiny, cache, prompt(1, 9, seed=5))
     assert torch.equal(cache.layers[2].keys[:, :, :53], keys[:, :, :53])
+    held = cache.layers[2].pages
+    assert not ((held.table > 0) & (held.frozen > 0)).any()
+    cache.reset(), whole.reset()
+    assert held.pool.num_free == held.pool.num_pages - 1  # no page was lost on the way
     local = compress_prefix(tiny, ids, mixed_profile(tiny.config), page_size=8, kv_dtype="int8")
     with pytest.raises(RollbackExceeded):
         local.crop(-5)
