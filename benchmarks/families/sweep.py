@@ -28,7 +28,6 @@ def run(names: list[str]) -> dict[str, dict]:
     """`check_family` for each name, each within a time limit."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.filterwarnings("ignore")
-    sys.path[:0] = [str(ROOT / "tests" / "core"), str(ROOT / "tests" / "families")]
     from family_check import check_family
     from tiny_families import families
     from transformers.utils import logging
@@ -53,13 +52,13 @@ def run(names: list[str]) -> dict[str, dict]:
     return results
 
 
-def run_matrix() -> dict[str, dict[str, str]]:
-    """The outcome of every way to generate for the families of the matrix."""
+def run_matrix(only: str | None = None) -> dict[str, dict[str, str]]:
+    """The outcome of every way to generate (or of one) for the families of the matrix."""
     from generation_matrix import FAMILIES, MODES, cell
 
     results = {}
     for family in FAMILIES:
-        results[family] = {mode: cell(family, mode) for mode in MODES}
+        results[family] = {mode: cell(family, mode) for mode in MODES if only in (None, mode)}
         print(f"{family:28s} " + "  ".join(f"{mode}: {found}" for mode, found in results[family].items()), flush=True)
     return results
 
@@ -215,10 +214,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="model types; default: all, and write the result")
     parser.add_argument("--render", metavar="FILE", help="write docs/families.md from a result file")
+    parser.add_argument("--way", metavar="NAME", help="run one way to generate and add it to this version's result file")
     options = parser.parse_args()
+    sys.path[:0] = [str(ROOT / "tests" / "core"), str(ROOT / "tests" / "families")]
     page = ROOT / "docs" / "families.md"
     if options.render:
         page.write_text(render(json.loads(Path(options.render).read_text())))
+        return 0
+    if options.way:
+        import transformers
+
+        path = ROOT / "benchmarks" / "results" / f"families-{transformers.__version__}.json"
+        data = json.loads(path.read_text())
+        for family, cells in run_matrix(options.way).items():
+            data["generation"].setdefault(family, {}).update(cells)
+        path.write_text(json.dumps(data, indent=1).replace("Infinity", '"inf"') + "\n")
         return 0
     results = run(options.families)
     print(dict(Counter(map(verdict, results.values()))))
