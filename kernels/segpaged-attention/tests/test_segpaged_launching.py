@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from segpaged_offline import SM90, Problem, catch
-
 from segpaged_attention import launching
+from segpaged_offline import SM90, Problem, catch
 
 
 class Kernel:

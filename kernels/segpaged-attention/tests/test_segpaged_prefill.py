@@ -30,6 +30,7 @@ def draw(seed: int) -> dict:
         "split_heads": r.choice([True, False]),
         "tile": r.choice([(32, 32), (64, 32), (64, 64)]),
         "order": r.random() < 0.5,
+        "tma": r.random() < 0.5,
     }
 
 
@@ -88,7 +89,8 @@ def test_prefill(seed: int, where: tuple[str, torch.dtype]) -> None:
         splits = case["splits"] if big or case["split_heads"] else 1
         if device == "cpu":
             m, n = case["tile"]
-            chosen = replace(chosen, block_m=m, block_n=n, past_n=n)
+            tma = case["tma"]  # of the chunk: through a descriptor, as on Hopper
+            chosen = replace(chosen, block_m=m, block_n=n, past_n=n, tma=tma, past_tma=tma and case["page_size"] >= n)
         config.append(replace(chosen, splits=splits))
     got = prefill_kernel.prefill(
         q, k, v, *store.pages, store.seq_lens, layer.sink, layer.window, layer.ring, 0.2, **scores, **padding,
@@ -96,6 +98,35 @@ def test_prefill(seed: int, where: tuple[str, torch.dtype]) -> None:
         config=tuple(config),
     )  # fmt: skip
     assert_close(got, dense(store, q, q_pos, 0.2, **scores))
+
+
+@pytest.mark.parametrize(("seed", "where"), cases(6, 8))
+def test_prefill_where_only_the_diagonal_hides_keys(seed: int, where: tuple[str, torch.dtype]) -> None:
+    """Global heads, no padding, no softcap, no model window: these have a loop of their own, over descriptors."""
+    from segpaged_attention import prefill_kernel
+
+    device, dtype = where
+    r = random.Random(seed)
+    columns, past, head_dim = r.choice([5, 64, 130, 200]), r.choice([0, 70, 150]), r.choice([64, 96])
+    layer = heads([None, None], device)
+    store = make_store(
+        seed, [past, past // 2], layer, total=past + columns, head_dim=head_dim, page_size=32, dtype=dtype
+    )
+    gen = torch.Generator().manual_seed(seed)
+    q = queries(gen, (2, 4, columns, head_dim), where)
+    text = torch.stack([torch.arange(n, n + columns, device=device) for n in (past, past // 2)])
+    k, v = (x[torch.arange(2)[:, None], :, text].transpose(1, 2) for x in (store.k, store.v))
+    args = (torch.device(device), dtype, head_dim, head_dim, 32, columns, True)
+    chosen = replace(prefill_kernel.choose_config(*args), splits=r.choice([1, 3]), lazy=r.random() < 0.5)
+    if device == "cpu":
+        m, n = r.choice([(64, 32), (64, 64), (32, 32)])
+        chosen = replace(chosen, block_m=m, block_n=n, past_n=32, tma=True, past_tma=r.random() < 0.5)
+    order = torch.arange(2, dtype=torch.int32, device=device)
+    got = prefill_kernel.prefill(
+        q, k, v, *store.pages, store.seq_lens, layer.sink, layer.window, layer.ring, 0.2, head_order=order,
+        num_global=2, past_len_hint=past, config=(chosen, chosen),
+    )  # fmt: skip
+    assert_close(got, dense(store, q, text, 0.2))
 
 
 @pytest.mark.parametrize(("seed", "where"), cases(8, 12))

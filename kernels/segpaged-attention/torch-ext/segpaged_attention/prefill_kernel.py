@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .prefill_tiles import attend_block, attend_pages, block_at, blocks_of
+from .prefill_tiles import attend_block, attend_causal, attend_pages, block_at, blocks_of
 from .tiles import HIDDEN, LOG2E, device_of, model_window_of, output_factor, page_descriptor, strides
 
 
@@ -52,7 +52,7 @@ def _prefill_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAST_N: tl.constexpr, PAST: tl.constexpr,
     PADDED: tl.constexpr, SPLIT: tl.constexpr, CAP: tl.constexpr, AUX: tl.constexpr, TMA: tl.constexpr,
-    PAST_TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PAST_TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, LAZY: tl.constexpr,
 ):  # fmt: skip
     i_p = tl.program_id(0)
     i_s = 0
@@ -130,43 +130,76 @@ def _prefill_kernel(
         )  # fmt: skip
 
     # the chunk itself; BLOCK_N divides BLOCK_M, so the diagonal starts at a block
-    p_k_head = p_k
-    p_v_head = p_v
-    if not TMA:
-        p_k_head = p_k + i_b64 * k_stride_b + i_h.to(tl.int64) * k_stride_h
-        p_v_head = p_v + i_b64 * v_stride_b + i_h.to(tl.int64) * v_stride_h
-    edge = tl.maximum(row - reach + 1, 0)
-    full_end = row
-    full = tl.minimum((tl.maximum(row_end - reach, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N, full_end)
-    a_lo = tl.maximum(row - model_window + 1, 0)
-    a_hi = tl.minimum(sink - past, edge)
-    b_hi = full
-    c_hi = row_end
-    if SPLIT:
-        full_end = tl.where(i_s == 0, full_end, full)
-        a_hi = tl.where(i_s == 0, a_hi, 0)
-        b_hi = tl.where(i_s == 0, b_hi, 0)
-        c_hi = tl.where(i_s == 0, c_hi, 0)
-    for token in tl.range(full, full_end, BLOCK_N, num_stages=STAGES):
-        o_t = token + o_n
-        # [BLOCK_N, BD], [BLOCK_N, BDV]
-        b_k = _load_chunk(p_k_head, i_b, i_h, start + token, o_t, o_d, k_stride_t, length, D, BD, BLOCK_N, TMA, False)
-        b_v = _load_chunk(p_v_head, i_b, i_h, start + token, o_t, o_v, v_stride_t, length, DV, BDV, BLOCK_N, TMA, False)
-        b_m, b_l, b_acc = attend_block(b_q, b_k, b_v, b_m, b_l, b_acc, 0, scale, softcap, False, CAP, PRECISION)
-    a_n = blocks_of(a_lo, a_hi, BLOCK_N)
-    b_n = blocks_of(edge, b_hi, BLOCK_N)
-    for i_n in tl.range(0, a_n + b_n + blocks_of(row, c_hi, BLOCK_N), num_stages=2):
-        token, lo, hi = block_at(i_n, a_lo, a_hi, edge, b_hi, row, c_hi, a_n, b_n, BLOCK_N)
-        o_t = token + o_n
-        b_k = _load_chunk(p_k_head, i_b, i_h, start + token, o_t, o_d, k_stride_t, length, D, BD, BLOCK_N, TMA, True)
-        b_v = _load_chunk(p_v_head, i_b, i_h, start + token, o_t, o_v, v_stride_t, length, DV, BDV, BLOCK_N, TMA, True)
-        if PADDED and TMA:
-            b_v = tl.where((o_t < length)[:, None], b_v, 0.0)  # padding may hold nan, and 0 * nan is nan
-        # [BLOCK_M, BLOCK_N]
-        m_s = ((o_t >= lo) & (o_t < hi))[None, :] & (o_t[None, :] <= o_m[:, None])
-        m_s = m_s & (o_t[None, :] > o_m[:, None] - model_window)
-        m_s = m_s & ((past + o_t < sink)[None, :] | (o_t[None, :] > o_m[:, None] - window))
-        b_m, b_l, b_acc = attend_block(b_q, b_k, b_v, b_m, b_l, b_acc, m_s, scale, softcap, True, CAP, PRECISION)
+    if CAUSAL:
+        end = row_end
+        if SPLIT:
+            end = tl.where(i_s == 0, row_end, 0)
+        b_m, b_l, b_acc = attend_causal(
+            b_q,
+            b_m,
+            b_l,
+            b_acc,
+            p_k,
+            p_v,
+            i_b,
+            i_h,
+            row,
+            end,
+            scale,
+            BD,
+            BDV,
+            BLOCK_M,
+            BLOCK_N,
+            STAGES,
+            PRECISION,
+            LAZY,
+        )
+    else:
+        p_k_head = p_k
+        p_v_head = p_v
+        if not TMA:
+            p_k_head = p_k + i_b64 * k_stride_b + i_h.to(tl.int64) * k_stride_h
+            p_v_head = p_v + i_b64 * v_stride_b + i_h.to(tl.int64) * v_stride_h
+        edge = tl.maximum(row - reach + 1, 0)
+        full_end = row
+        full = tl.minimum((tl.maximum(row_end - reach, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N, full_end)
+        a_lo = tl.maximum(row - model_window + 1, 0)
+        a_hi = tl.minimum(sink - past, edge)
+        b_hi = full
+        c_hi = row_end
+        if SPLIT:
+            full_end = tl.where(i_s == 0, full_end, full)
+            a_hi = tl.where(i_s == 0, a_hi, 0)
+            b_hi = tl.where(i_s == 0, b_hi, 0)
+            c_hi = tl.where(i_s == 0, c_hi, 0)
+        for token in tl.range(full, full_end, BLOCK_N, num_stages=STAGES):
+            o_t = token + o_n
+            # [BLOCK_N, BD], [BLOCK_N, BDV]
+            b_k = _load_chunk(
+                p_k_head, i_b, i_h, start + token, o_t, o_d, k_stride_t, length, D, BD, BLOCK_N, TMA, False
+            )
+            b_v = _load_chunk(
+                p_v_head, i_b, i_h, start + token, o_t, o_v, v_stride_t, length, DV, BDV, BLOCK_N, TMA, False
+            )
+            b_m, b_l, b_acc = attend_block(b_q, b_k, b_v, b_m, b_l, b_acc, 0, scale, softcap, False, CAP, PRECISION)
+        a_n = blocks_of(a_lo, a_hi, BLOCK_N)
+        b_n = blocks_of(edge, b_hi, BLOCK_N)
+        for i_n in tl.range(0, a_n + b_n + blocks_of(row, c_hi, BLOCK_N), num_stages=2):
+            token, lo, hi = block_at(i_n, a_lo, a_hi, edge, b_hi, row, c_hi, a_n, b_n, BLOCK_N)
+            o_t = token + o_n
+            b_k = _load_chunk(
+                p_k_head, i_b, i_h, start + token, o_t, o_d, k_stride_t, length, D, BD, BLOCK_N, TMA, True
+            )
+            b_v = _load_chunk(
+                p_v_head, i_b, i_h, start + token, o_t, o_v, v_stride_t, length, DV, BDV, BLOCK_N, TMA, True
+            )
+            if PADDED and TMA:
+                b_v = tl.where((o_t < length)[:, None], b_v, 0.0)  # padding may hold nan, and 0 * nan is nan
+            # [BLOCK_M, BLOCK_N]
+            m_s = ((o_t >= lo) & (o_t < hi))[None, :] & (o_t[None, :] <= o_m[:, None])
+            m_s = m_s & (o_t[None, :] > o_m[:, None] - model_window)
+            m_s = m_s & ((past + o_t < sink)[None, :] | (o_t[None, :] > o_m[:, None] - window))
+            b_m, b_l, b_acc = attend_block(b_q, b_k, b_v, b_m, b_l, b_acc, m_s, scale, softcap, True, CAP, PRECISION)
 
     m_o = m_m[:, None] & (o_v < DV)[None, :]
     if SPLIT:
@@ -232,6 +265,9 @@ class PrefillConfig:
     tma: bool  # for the chunk's K and V
     past_tma: bool  # for pages
     splits: int = 1
+    causal: bool = True
+    lazy: bool = False
+    max_registers: int | None = None  # per thread; 128 lets two programs of 8 warps share a processor
 
 
 def choose_config(
@@ -326,8 +362,11 @@ def prefill(
         old = (k_pages, v_pages)
         if past_tma:
             old = (page_descriptor(k_pages, chosen.past_n), page_descriptor(v_pages, chosen.past_n))
+        # heads that keep everything, and nothing else that hides keys: the common case has a loop of its own
+        causal = big and tma and chosen.causal and model_window == 0 and softcap == 0 and q_start is None
         tiles = triton.cdiv(columns, chosen.block_m)
         split = chosen.splits > 1
+        launch = {} if chosen.max_registers is None else {"maxnreg": chosen.max_registers}
         scratch = (None, None, None)
         if split:
             partials = triton.cdiv(batch * num_heads * group * chosen.splits * columns, 4) * 4
@@ -341,7 +380,8 @@ def prefill(
             BD=triton.next_power_of_2(head_dim), BDV=triton.next_power_of_2(v_dim), PAGE=page_size,
             BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, PAST_N=chosen.past_n, PAST=past_len > 0, PADDED=q_start is
             not None, SPLIT=split, CAP=softcap != 0, AUX=s_aux is not None, TMA=tma, PAST_TMA=past_tma,
-            STAGES=chosen.stages, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=chosen.warps,
+            STAGES=chosen.stages, CAUSAL=causal, LAZY=chosen.lazy, PRECISION="ieee" if
+            q.dtype == torch.float32 else "tf32", num_warps=chosen.warps, **launch,
         )  # fmt: skip
         if split:
             block_t = 16

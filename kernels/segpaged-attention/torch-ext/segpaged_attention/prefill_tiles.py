@@ -37,6 +37,50 @@ def attend_block(
 
 
 @triton.jit
+def attend_causal(
+    b_q, b_m, b_l, b_acc, p_k, p_v, i_b, i_h, row, end, scale,
+    BD: tl.constexpr, BDV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, LAZY: tl.constexpr,
+):  # fmt: skip
+    """Rows from `row` on against columns [0, end) of their own chunk, of which only the diagonal hides any.
+
+    One loop for the full blocks and the diagonal, so that the memory pipeline runs dry once and not twice.
+    """
+    o_m = row + tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
+    for token in tl.range(0, end, BLOCK_N, num_stages=STAGES):
+        # [BLOCK_N, BD], [BLOCK_N, BDV]
+        b_k = p_k.load([i_b, i_h, token, 0]).reshape(BLOCK_N, BD)
+        b_v = p_v.load([i_b, i_h, token, 0]).reshape(BLOCK_N, BDV)
+        # [BLOCK_M, BLOCK_N]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        if token + BLOCK_N > row:
+            b_s = tl.where((token + o_n)[None, :] <= o_m[:, None], b_s, HIDDEN)
+        # every row sees column 0, so b_m is the score of a visible key from the first block on
+        b_top = tl.maximum(b_m, tl.max(b_s, 1) * scale)
+        if LAZY:
+            # What was summed up is only scaled down once some row's scores have grown by 2**8: until then they stay
+            # well inside any dtype. The result is the same, sums and output are divided by the same number.
+            if tl.max(b_top - b_m, 0) > 8.0:
+                b_fade = tl.exp2(b_m - b_top)
+                b_l = b_l * b_fade
+                b_acc = b_acc * b_fade[:, None]
+                b_m = b_top
+            b_p = tl.exp2(b_s * scale - b_m[:, None])
+            b_l += tl.sum(b_p, 1)
+            # [BLOCK_M, BDV]
+            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+        else:
+            b_p = tl.exp2(b_s * scale - b_top[:, None])
+            b_fade = tl.exp2(b_m - b_top)
+            b_l = b_l * b_fade + tl.sum(b_p, 1)
+            # [BLOCK_M, BDV]
+            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_fade[:, None], input_precision=PRECISION)
+            b_m = b_top
+    return b_m, b_l, b_acc
+
+
+@triton.jit
 def blocks_of(lo, hi, BLOCK_N: tl.constexpr):
     """Blocks that the stretch [lo, hi) touches."""
     return tl.where(hi > lo, (hi + BLOCK_N - 1) // BLOCK_N - lo // BLOCK_N, 0)
