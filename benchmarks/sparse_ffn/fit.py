@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=16, help="texts, and needles, that choose")
     parser.add_argument("--check", type=int, default=48, help="texts, and needles, per context length that judge")
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096])
-    parser.add_argument("--rows", type=float, nargs="+", default=[0.85, 0.755], help="shares of all FFN rows to run")
+    parser.add_argument("--rows", type=float, nargs="+", default=[0.85, 0.75], help="shares of all FFN rows to run")
     parser.add_argument("--first-layer", type=int, help="first layer that may be sparse (default: the last third)")
     parser.add_argument("--max-seconds", type=float, default=1e9, help="start no prompt after this time")
     args = parser.parse_args()
