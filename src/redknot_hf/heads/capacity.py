@@ -101,6 +101,7 @@ def capacity(
         f"weights split evenly over {world_size} device{'s' if world_size > 1 else ''}",
         f"every session holds {context} tokens, nothing is shared between sessions",
         "paged and head-aware include page tables",
+        "pools take the pages they need: prompts in one piece; one that grows by chunks takes up to an eighth more",
     )
     return Capacity(
         available,
