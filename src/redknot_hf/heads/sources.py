@@ -33,6 +33,11 @@ def load_profile(source: str | os.PathLike[str], *, revision: str | None = None)
     if isinstance(name, bytes) or not name or "\0" in name:
         raise ProfileError(f"profile is {shorten(source)}; expected a path, a shipped name or a Hub id")
     path = Path(name)
+    try:
+        path.is_dir()
+    except (OSError, ValueError) as error:  # too long, or not encodable as a file name
+        reason = getattr(error, "strerror", None) or "it cannot be a file name"
+        raise ProfileError(f"profile is {shorten(source)}: {reason}") from None
     if path.is_dir() and (path / FILE_NAME).exists():
         path = path / FILE_NAME
     if path.is_file():
