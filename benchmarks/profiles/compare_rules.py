@@ -25,6 +25,7 @@ import random
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,12 @@ from redknot_hf.heads.profiler.checkpoint import Checkpoint
 from redknot_hf.heads.profiler.choose import select_profile
 from redknot_hf.heads.profiler.collect import Workload, batches, build_prompts, frozen, measure_heads, workload
 from redknot_hf.heads.profiler.intercept import decoder_layout
+from redknot_hf.heads.profiler.many_maps import map_rows
 from redknot_hf.heads.profiler.objective import Objective
 from redknot_hf.heads.profiler.refine import Search, search_on
 from redknot_hf.heads.profiler.tasks import collate, make_needles, make_texts
 from redknot_hf.heads.profiler.texts import TokenStream
-from redknot_hf.heads.profiler.validation import Prompts, Row, full_reference, measure, summarise
+from redknot_hf.heads.profiler.validation import Prompts, Row, full_reference, summarise
 from redknot_hf.heads.profiler.visibility import HeadMap
 
 KINDS = ("passkey", "number", "lookup")
@@ -107,10 +109,6 @@ def references(model: Any, sets: dict[str, list[Any]], args: argparse.Namespace,
         found[name] = [full_reference(model, collate(group, device)) for group in batches(samples, size)]
         log("full cache:", name, len(samples), "prompts in batches of", size)
     return found
-
-
-def evaluate(model: Any, visible: HeadMap, prompts: list[Prompts], mode: str) -> list[Row]:
-    return [row for batch in prompts for row in measure(model, batch, visible, mode)]
 
 
 def main() -> None:
@@ -252,6 +250,22 @@ def head_maps(
     return found
 
 
+def evaluations(
+    model: Any, maps: list[tuple[str, float, HeadMap]], used: dict[str, list[Prompts]], mode: str,
+    args: argparse.Namespace, log: Log,
+) -> Iterator[tuple[str, float, HeadMap, dict[str, list[Row]]]]:  # fmt: skip
+    """Every map with its rows by set. Contexts are shared where eviction comes after the prefill: several at once."""
+    size = 6 if mode == "full" and args.device != "cpu" else 1
+    for start in range(0, len(maps), size):
+        some = maps[start : start + size]
+        if log.seconds > args.max_seconds:
+            log("out of time before", mode, [entry[:2] for entry in some])
+            continue
+        found = {name: map_rows(model, prompts, [entry[2] for entry in some], mode) for name, prompts in used.items()}
+        for i, (rule, budget, visible) in enumerate(some):
+            yield rule, budget, visible, {name: rows[i] for name, rows in found.items()}
+
+
 def run(
     model: Any, layout: Any, maps: dict[str, list[tuple[str, float, HeadMap]]], profiles: dict[str, dict[float, Any]],
     sets: dict[str, list[Prompts]], args: argparse.Namespace, log: Log, load: Workload, gate_steps: int,
@@ -268,12 +282,8 @@ def run(
     short, long = args.contexts
     half = {name: batches_[: max(1, len(batches_) // 2)] for name, batches_ in sets.items()}
     for mode in args.modes:
-        for rule, budget, visible in maps[mode]:
-            if log.seconds > args.max_seconds:
-                log("out of time before", mode, rule, budget)
-                continue
-            used = sets if mode == "full" else {**half, "needle_short": sets["needle_short"]}
-            rows = {name: evaluate(model, visible, prompts, mode) for name, prompts in used.items()}
+        used = sets if mode == "full" else {**half, "needle_short": sets["needle_short"]}
+        for rule, budget, visible, rows in evaluations(model, maps[mode], used, mode, args, log):
             entry: dict[str, Any] = {
                 "rule": rule, "budget": budget, "mode": mode,
                 "kv_fraction_short": rules.kv_fraction(visible, layout, short),

@@ -13,7 +13,7 @@ from planted import HEADS, LAYERS, PLANTED
 from redknot_hf.heads.profiler.collect import build_prompts, frozen
 from redknot_hf.heads.profiler.intercept import decoder_layout
 from redknot_hf.heads.profiler.local_model import LocalModel, linearise, option_map
-from redknot_hf.heads.profiler.many_maps import map_costs
+from redknot_hf.heads.profiler.many_maps import map_costs, map_rows
 from redknot_hf.heads.profiler.moves import single_moves, walk
 from redknot_hf.heads.profiler.objective import Objective, prompt_terms
 from redknot_hf.heads.profiler.refine import Search, refine, search_on
@@ -37,8 +37,13 @@ def test_many_maps_at_once_equal_one_at_a_time(planted_model, prompts, mode):
     choices = [[3, 1, 1, 1, 1, 1], [1, 3, 1, 1, 1, 1], [0, 3, 2, 1, 3, 0], [3] * 6]
     maps = [option_map(torch.tensor(choice), SHAPE, CELLS, WINDOWS, SINK) for choice in choices]
     together = map_costs(planted_model, prompts, maps, mode, rows=1000)  # two or three maps per pass
-    for visible, (text, needle, misses) in zip(maps, together.tolist(), strict=True):
+    rows_together = map_rows(planted_model, prompts, maps, mode, rows=1000)
+    for visible, (text, needle, misses), many in zip(maps, together.tolist(), rows_together, strict=True):
         rows = [row for prompt in prompts for row in measure(planted_model, prompt, visible, mode)]
+        assert [(r.kind, r.top1, r.hit, r.full_hit) for r in many] == [
+            (r.kind, r.top1, r.hit, r.full_hit) for r in rows
+        ]
+        assert [r.delta_nll for r in many] == pytest.approx([r.delta_nll for r in rows], abs=1e-5)
         kl = {kind: [r.kl for r in rows if (r.kind == "text") == kind] for kind in (True, False)}
         assert text == pytest.approx(sum(kl[True]) / 2, abs=1e-6)
         assert needle == pytest.approx(sum(kl[False]) / 3, abs=1e-6)

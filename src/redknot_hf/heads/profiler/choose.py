@@ -24,8 +24,8 @@ gates and predicted KL, the best of them by measured cost. `gates`: gates alone,
 no gate optimisation, the best by measured cost."""
 
 
-_FINALISTS = 2
-"""Candidates that are measured in the mode of the deployment beside the result of the search."""
+_FINALISTS = 1
+"""Candidates that are measured in the mode of the deployment beside the result of the search (a prefill per prompt)."""
 
 
 def select_profile(

@@ -8,7 +8,7 @@ the keys it can see. With windows during prefill every map needs its own prefill
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor
 from .context import ContextCache, prefill
 from .intercept import AttentionCall, Handler, intercept
 from .objective import prompt_terms
-from .validation import Prompts
+from .validation import Prompts, Row, compare
 from .visibility import HeadMap, attend, visible_attention, windowed_handler
 
-__all__ = ["map_costs", "maps_handler"]
+__all__ = ["map_costs", "map_rows", "maps_handler"]
 
 _ROWS = 24_576
 """Suffix rows per forward pass: enough to fill a large GPU, and little memory."""
@@ -151,21 +151,38 @@ def map_costs(
     sums = torch.zeros(len(maps), 3, dtype=torch.float64)
     counts = [0, 0]
     for prompt in prompts:
-        batch = prompt.batch
-        text = batch.kinds[0] == "text"
-        counts[0 if text else 1] += len(batch)
-        keep = batch.target.any(0).nonzero()[:, 0]
-        chosen = batch.target[:, keep]
-        shared = mode == "full" and prompt.cache.repeatable
-        copies = max(1, rows // batch.suffix.numel()) if shared else 1
-        for start in range(0, len(maps), copies):
-            some = maps[start : start + copies]
-            cache = prompt.cache if mode == "full" else prefill(model, batch.context, windowed_handler(some[0]))
-            logits = _target_logits(model, cache, batch.suffix, keep, some)
-            for i, part in enumerate(logits.split(len(batch))):
-                log_probs = part[chosen].float().log_softmax(-1)
-                kl, miss = prompt_terms(log_probs, prompt.log_probs.float(), batch)
-                found = [kl.sum(), kl.new_zeros(())] if text else [kl.sum(), miss.sum()]
-                sums[start + i, 0 if text else 1] += float(found[0])
-                sums[start + i, 2] += float(found[1])
+        text = prompt.batch.kinds[0] == "text"
+        counts[0 if text else 1] += len(prompt.batch)
+        for i, log_probs in _each(model, prompt, maps, mode, rows):
+            kl, miss = prompt_terms(log_probs, prompt.log_probs.float(), prompt.batch)
+            sums[i, 0 if text else 1] += float(kl.sum())
+            if not text:
+                sums[i, 2] += float(miss.sum())
     return sums / torch.tensor([max(counts[0], 1), max(counts[1], 1), max(counts[1], 1)])
+
+
+@torch.no_grad()
+def map_rows(
+    model: Any, prompts: Sequence[Prompts], maps: Sequence[HeadMap], mode: str = "full", rows: int = _ROWS
+) -> list[list[Row]]:
+    """`validation.measure` for several maps at once: one list of rows per map, prompts in order; arguments as above."""
+    found: list[list[Row]] = [[] for _ in maps]
+    for prompt in prompts:
+        for i, log_probs in _each(model, prompt, maps, mode, rows):
+            found[i] += compare(log_probs, prompt)
+    return found
+
+
+def _each(model: Any, prompt: Prompts, maps: Sequence[HeadMap], mode: str, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """The number of every map and its log-probabilities `[targets, vocabulary]` on one batch."""
+    batch = prompt.batch
+    keep = batch.target.any(0).nonzero()[:, 0]
+    chosen = batch.target[:, keep]
+    shared = mode == "full" and prompt.cache.repeatable
+    copies = max(1, rows // batch.suffix.numel()) if shared else 1
+    for start in range(0, len(maps), copies):
+        some = maps[start : start + copies]
+        cache = prompt.cache if mode == "full" else prefill(model, batch.context, windowed_handler(some[0]))
+        logits = _target_logits(model, cache, batch.suffix, keep, some)
+        for i, part in enumerate(logits.split(len(batch))):
+            yield start + i, part[chosen].float().log_softmax(-1)

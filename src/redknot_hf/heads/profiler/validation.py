@@ -27,6 +27,7 @@ __all__ = [
     "PREFILL_MODES",
     "Prompts",
     "Row",
+    "compare",
     "full_reference",
     "measure",
     "rounded",
@@ -91,8 +92,12 @@ def measure(model: Any, prompts: Prompts, head_map: HeadMap, mode: str) -> list[
     batch, handler = prompts.batch, windowed_handler(head_map)
     cache = prompts.cache if mode == "full" else prefill(model, batch.context, handler)
     logits = run_suffix(model, cache, batch.suffix, handler)
-    log_probs = logits[batch.target].float().log_softmax(-1)
-    reference = prompts.log_probs
+    return compare(logits[batch.target].float().log_softmax(-1), prompts)
+
+
+def compare(log_probs: Tensor, prompts: Prompts) -> list[Row]:
+    """One row per prompt from a map's log-probabilities `[targets, vocabulary]`."""
+    batch, reference = prompts.batch, prompts.log_probs
     truth = batch.next_ids[batch.target][:, None]
     kl = (reference.exp() * (reference - log_probs)).sum(-1)
     delta = (reference.gather(1, truth) - log_probs.gather(1, truth))[:, 0]
