@@ -121,7 +121,7 @@ class Session:
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 OPERATIONS = (
     "decode", "decode", "chunk", "long", "fork", "drop", "crop", "offload", "prefetch", "save", "reorder", "repeat",
-    "profile", "layer", "freeze",
+    "profile", "layer", "freeze", "freeze", "record",
 )  # fmt: skip
 program = st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2**16)), min_size=3, max_size=14)
 
@@ -167,6 +167,9 @@ def run(program, cold: str, page_size: int, rollback: int, near: int, folder: Pa
             else:
                 session.crop(count)
                 session.shortened = True
+        elif operation == "record" and amount % 3 == 0:
+            cache.activate_past_recording()
+            session.shortened = True  # the rings are longer from now on, not from the start
         elif operation == "freeze" and cold == "drop":
             session.freeze()
         elif operation == "offload":
