@@ -89,7 +89,7 @@ def select_profile(
             finalists = {"joint search": refined, **finalists}
             note.update(started_from=names[ranked[0]], search=history)
         best = next(iter(finalists))
-        if search.deployed is not None:
+        if search.deployed is not None and len(finalists) > 1:
             paid = list(search.deployed(list(finalists.values())))
             note["deployed"] = dict(zip(finalists, paid, strict=True))
             best = min(finalists, key=note["deployed"].__getitem__)
