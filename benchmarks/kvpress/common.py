@@ -39,28 +39,24 @@ def device_name(model: Any) -> str:
 
 
 @torch.inference_mode()
-def suffix_log_probs(model: Any, cache: Any, prompt: dict[str, Any], padding: int = 0, row: int = 0) -> torch.Tensor:
-    """Log-probabilities that predict the answer's tokens, ``[answer tokens, vocabulary]``, with the context in ``cache``.
+def suffix_log_probs(model: Any, cache: Any, prompts: list[dict[str, Any]], **extra: Any) -> list[torch.Tensor]:
+    """Log-probabilities that predict each answer's tokens, ``[answer tokens, vocabulary]``, with the contexts in ``cache``.
+
+    Suffixes are padded on the right to one length: no real token sees what comes after it.
 
     Args:
-        padding: columns of left padding of this row: positions count from its first real token.
-        row: the row of a batch that holds this prompt; other rows get the same suffix.
+        extra: position_ids and attention_mask where a row of the batch was padded; otherwise positions go on from the
+            context's length.
     """
-    suffix, begin, length = prompt["suffix"], prompt["answer_start"], len(prompt["context"])
-    rows = prompt.get("rows", 1)
-    ids = torch.tensor([suffix] * rows, device=model.device)
-    position = (
-        torch.arange(length - padding, length - padding + len(suffix))[None]
-        .expand(rows, -1)
-        .contiguous()
-        .to(model.device)
-    )
-    extra = {}
-    if prompt.get("mask") is not None:
-        extra["attention_mask"] = prompt["mask"].to(model.device)
-        position = prompt["positions"].to(model.device)
-    logits = model(ids, position_ids=position, past_key_values=cache, use_cache=True, **extra).logits[row]
-    return logits[begin - 1 : len(suffix) - 1].float().log_softmax(-1).cpu()
+    longest, length = max(len(p["suffix"]) for p in prompts), len(prompts[0]["context"])
+    ids = torch.tensor([p["suffix"] + [0] * (longest - len(p["suffix"])) for p in prompts], device=model.device)
+    position = torch.arange(length, length + longest, device=model.device).expand(len(prompts), -1)
+    extra.setdefault("position_ids", position)
+    logits = model(ids, past_key_values=cache, use_cache=True, **extra).logits
+    return [
+        logits[row, p["answer_start"] - 1 : len(p["suffix"]) - 1].float().log_softmax(-1).cpu()
+        for row, p in enumerate(prompts)
+    ]
 
 
 def judge(log_probs: torch.Tensor, reference: torch.Tensor, prompt: dict[str, Any]) -> dict[str, Any]:
@@ -96,52 +92,64 @@ class Rows:
             file.write(json.dumps(row) + "\n")
 
 
+def contexts(model: Any, prompts: list[dict[str, Any]]) -> torch.Tensor:
+    """The contexts of a batch, int64 ``[prompts, tokens]``; all of one length."""
+    return torch.tensor([p["context"] for p in prompts], device=model.device)
+
+
+def batches(prompts: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
+    """Prompts of one task together, up to ``size``; tasks in turn."""
+    tasks = list(dict.fromkeys(p["task"] for p in prompts))
+    of = {task: [p for p in prompts if p["task"] == task] for task in tasks}
+    found = [of[task][i : i + size] for task in tasks for i in range(0, len(of[task]), size)]
+    return sorted(found, key=lambda group: group[0]["index"])
+
+
 def measure(
     rows: Rows,
     model: Any,
-    prompts: list[dict[str, Any]],
-    methods: list[tuple[str, float, Callable[[dict[str, Any]], tuple[Any, int, int]]]],
+    group: list[dict[str, Any]],
+    methods: list[tuple[str, float, Callable[[list[dict[str, Any]]], tuple[Any, int, int]]]],
 ) -> None:
-    """Every method on every prompt.
+    """Every method on a batch of prompts of one task.
 
     Args:
-        methods: (name, level, read): ``read`` puts a prompt's context into a cache and returns it with the bytes that it
-            allocates and the bytes that later queries can see.
+        methods: (name, level, read): ``read`` puts the prompts' contexts into a cache and returns it with the bytes that
+            it allocates and the bytes that later queries can see, for the whole batch.
     """
     from transformers import DynamicCache
 
-    for prompt in prompts:
-        todo = [m for m in methods if (prompt["task"], prompt["index"], m[0], m[1]) not in rows.have]
-        if not todo:
+    task = group[0]["task"]
+    todo = [m for m in methods if any((task, p["index"], m[0], m[1]) not in rows.have for p in group)]
+    if not todo:
+        return
+    with torch.inference_mode():
+        cache = DynamicCache()
+        model(contexts(model, group), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    dense = tensor_bytes(cache)
+    references = suffix_log_probs(model, cache, group)
+    for name, level, read in todo:
+        began = time.perf_counter()
+        try:
+            if name == "full":
+                found, allocated, visible = references, dense, dense
+            else:
+                with torch.inference_mode():
+                    cache, allocated, visible = read(group)
+                found = suffix_log_probs(model, cache, group)
+        except Exception as error:  # whatever a press raises is a result, too
+            message = f"{type(error).__name__}: {str(error)[:200]}"
+            for prompt in group:
+                rows.add(task=task, index=prompt["index"], method=name, level=level, error=message)
             continue
-        with torch.inference_mode():
-            cache = DynamicCache()
-            model(
-                torch.tensor([prompt["context"]], device=model.device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        dense = tensor_bytes(cache)
-        reference = suffix_log_probs(model, cache, prompt)
-        for name, level, read in todo:
-            began = time.perf_counter()
-            try:
-                if name == "full":
-                    found, allocated, visible = reference, dense, dense
-                else:
-                    with torch.inference_mode():
-                        cache, allocated, visible = read(prompt)
-                    found = suffix_log_probs(model, cache, prompt)
-            except Exception as error:  # whatever a press raises is a result, too
-                message = f"{type(error).__name__}: {str(error)[:200]}"
-                rows.add(task=prompt["task"], index=prompt["index"], method=name, level=level, error=message)
-                continue
+        seconds = round((time.perf_counter() - began) / len(group), 4)
+        for prompt, log_probs, reference in zip(group, found, references, strict=True):
             rows.add(
-                task=prompt["task"], index=prompt["index"], method=name, level=level, **judge(found, reference, prompt),
-                allocated=allocated, visible=visible, dense=dense, seconds=round(time.perf_counter() - began, 3),
+                task=task, index=prompt["index"], method=name, level=level, **judge(log_probs, reference, prompt),
+                allocated=allocated // len(group), visible=visible // len(group), dense=dense // len(group),
+                seconds=seconds,
             )  # fmt: skip
-        print(f"{prompt['task']} {prompt['index']}: {len(todo)} methods", flush=True)
+    print(f"{task} {group[0]['index']} to {group[-1]['index']}: {len(todo)} methods", flush=True)
 
 
 def tensor_bytes(cache: Any) -> int:
@@ -171,18 +179,20 @@ def padded_case(
     Args:
         read: (ids, mask or None) -> a cache that holds them.
     """
-    alone = suffix_log_probs(model, read(torch.tensor([short["context"]], device=model.device), None), short)
+    (alone,) = suffix_log_probs(model, read(contexts(model, [short]), None), [short])
     ids, mask, pad = padded_pair(long, short)
     cache = read(ids.to(model.device), mask.to(model.device))
     # A cache that has pruned has fewer columns than tokens were fed; the mask must have as many as it holds.
     columns = cache.get_seq_length()
-    wide = torch.cat([mask, torch.ones(2, len(short["suffix"]), dtype=torch.long)], 1)
-    if columns != mask.shape[1]:
-        wide = torch.ones(2, columns + len(short["suffix"]), dtype=torch.long)
+    past = mask if columns == mask.shape[1] else torch.ones(2, columns, dtype=torch.long)
     steps = torch.arange(len(short["suffix"]))
     position = torch.stack([steps + len(long["context"]), steps + len(short["context"])])
-    both = {**short, "rows": 2, "mask": wide, "positions": position}
-    together = suffix_log_probs(model, cache, both, row=1)
+    wide = torch.cat([past, torch.ones(2, len(steps), dtype=torch.long)], 1)
+    both = suffix_log_probs(
+        model, cache, [{**long, "suffix": short["suffix"], "answer_start": short["answer_start"]}, short],
+        attention_mask=wide.to(model.device), position_ids=position.to(model.device),
+    )  # fmt: skip
+    together = both[1]
     return {
         "kl_from_alone": float((alone.exp() * (alone - together)).sum(-1).mean()),
         "max_difference": float((alone - together).abs().max()),

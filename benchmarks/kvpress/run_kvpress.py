@@ -40,7 +40,17 @@ from kvpress import AdaKVPress, DuoAttentionPress, ExpectedAttentionPress, SnapK
 from transformers import DynamicCache  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import Rows, device_name, load_model, load_prompts, measure, padded_case, tensor_bytes  # noqa: E402
+from common import (  # noqa: E402
+    Rows,
+    batches,
+    contexts,
+    device_name,
+    load_model,
+    load_prompts,
+    measure,
+    padded_case,
+    tensor_bytes,
+)
 
 LEVELS = (0.35, 0.5)
 
@@ -102,6 +112,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kvpress"))
+    parser.add_argument("--batch", type=int, default=1, help="prompts at a time (25 on a GPU)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
@@ -137,15 +148,10 @@ def main() -> None:
     rows = Rows(args.out / "kvpress.jsonl", head)
 
     def reader(name: str, level: float) -> Any:
-        def read(prompt: dict[str, Any]) -> tuple[Any, int, int]:
+        def read(group: list[dict[str, Any]]) -> tuple[Any, int, int]:
             cache = DynamicCache()
-            with of(level, len(prompt["context"]))[name](model):
-                model(
-                    torch.tensor([prompt["context"]], device=model.device),
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
+            with of(level, len(group[0]["context"]))[name](model):
+                model(contexts(model, group), past_key_values=cache, use_cache=True, logits_to_keep=1)
             allocated = tensor_bytes(cache)
             masked = sum(
                 len(layer.self_attn.masked_key_indices[0])
@@ -159,8 +165,8 @@ def main() -> None:
     methods: list[Any] = [("full", 1.0, None)]
     methods += [(name, level, reader(name, level)) for level in LEVELS for name in names[level]]
 
-    def reachable(prompt: dict[str, Any]) -> list[Any]:
-        return [m for m in methods if m[0] == "full" or m[0] in of(m[1], len(prompt["context"]))]
+    def reachable(tokens: int) -> list[Any]:
+        return [m for m in methods if m[0] == "full" or m[0] in of(m[1], tokens)]
 
     long = next(p for p in data["prompts"] if p["task"] == "single")
     short = next(p for p in data["prompts"] if p["task"] == "kv_short")
@@ -180,8 +186,8 @@ def main() -> None:
         except Exception as error:  # whatever a press raises is the result
             found = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
         rows.add(task="padded", index=0, method=name, level=0.5, **found)
-    for prompt in data["prompts"]:
-        measure(rows, model, [prompt], reachable(prompt))
+    for group in batches(data["prompts"], args.batch):
+        measure(rows, model, group, reachable(len(group[0]["context"])))
 
 
 def _version(package: str) -> str:

@@ -22,7 +22,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import Rows, device_name, load_model, load_prompts, measure, padded_case
+from common import Rows, batches, contexts, device_name, load_model, load_prompts, measure, padded_case
 
 import redknot_hf
 from redknot_hf import HeadProfile, RedKnotCache
@@ -73,12 +73,12 @@ def _pieces(text: str, count: int = 50, characters: int = 2000) -> list[str]:
     return [text[i * step : i * step + characters] for i in range(count)]
 
 
-def profile_at(model: Any, level: float, tokens: int, prefill: str) -> HeadProfile:
-    """The shipped profile with windows fitted to allocate at most ``level`` of the dense bytes after ``tokens``."""
+def profile_at(model: Any, level: float, tokens: int, batch: int, prefill: str) -> HeadProfile:
+    """The shipped profile, windows fitted to allocate at most ``level`` of the dense bytes of ``batch`` x ``tokens``."""
     shipped = HeadProfile.load("SmolLM2-135M-Instruct")
-    dense = shipped.dense_kv_bytes(tokens, dtype=model.dtype)
-    row = torch.zeros(1, shipped.num_kv_heads, tokens, model.config.head_dim, dtype=model.dtype)
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    dense = shipped.dense_kv_bytes(tokens, batch, dtype=model.dtype)
+    row = torch.zeros(batch, shipped.num_kv_heads, tokens, model.config.head_dim, dtype=model.dtype)
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device=model.device)
 
     @torch.inference_mode()
     def fits(profile: HeadProfile) -> bool:
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=24)
     parser.add_argument("--text-n", type=int, default=12)
     parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=1, help="prompts at a time (25 on a GPU)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
@@ -126,26 +127,20 @@ def main() -> None:
     profiles: dict[Any, HeadProfile] = {}
 
     def reader(level: float, prefill: str) -> Any:
-        def read(prompt: dict[str, Any]) -> tuple[Any, int, int]:
-            tokens = len(prompt["context"])
-            key = (level, tokens, prefill)
+        def read(group: list[dict[str, Any]]) -> tuple[Any, int, int]:
+            key = (level, len(group[0]["context"]), len(group), prefill)
             if key not in profiles:
-                profiles[key] = profile_at(model, level, tokens, prefill)
+                profiles[key] = profile_at(model, *key)
             cache = RedKnotCache(model.config, profiles[key], prefill=prefill, page_size=PAGE)
-            model(
-                torch.tensor([prompt["context"]], device=model.device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            model(contexts(model, group), past_key_values=cache, use_cache=True, logits_to_keep=1)
             report = cache.memory_report()
             return cache, report.allocated, report.ideal
 
         return read
 
-    def exact(prompt: dict[str, Any]) -> tuple[Any, int, int]:
+    def exact(group: list[dict[str, Any]]) -> tuple[Any, int, int]:
         cache = RedKnotCache(model.config, HeadProfile.all_global(model.config), page_size=PAGE)
-        model(torch.tensor([prompt["context"]], device=model.device), past_key_values=cache, use_cache=True)
+        model(contexts(model, group), past_key_values=cache, use_cache=True, logits_to_keep=1)
         report = cache.memory_report()
         return cache, report.allocated, report.ideal
 
@@ -157,7 +152,7 @@ def main() -> None:
     long = next(p for p in data["prompts"] if p["task"] == "single")
     short = next(p for p in data["prompts"] if p["task"] == "kv_short")
     for prefill in ("full", "windowed"):
-        profile = profile_at(model, 0.5, len(long["context"]), prefill)
+        profile = profile_at(model, 0.5, len(long["context"]), 1, prefill)
 
         def read(ids: torch.Tensor, mask: torch.Tensor | None, profile: Any = profile, prefill: str = prefill) -> Any:
             cache = RedKnotCache(model.config, profile, prefill=prefill, page_size=PAGE)
@@ -168,7 +163,8 @@ def main() -> None:
         name = "ours" if prefill == "full" else "ours, windowed prefill"
         if ("padded", 0, name, 0.5) not in rows.have:
             rows.add(task="padded", index=0, method=name, level=0.5, **padded_case(model, long, short, read))
-    measure(rows, model, data["prompts"], methods)
+    for group in batches(data["prompts"], args.batch):
+        measure(rows, model, group, methods)
 
 
 if __name__ == "__main__":
