@@ -58,6 +58,13 @@ def test_rows_and_resuming(tiny_model, byte_tokenizer, profile, tmp_path, monkey
     assert sorted(without_times(resumed), key=key) == sorted(without_times(rows), key=key)
     assert resumed[:19] == rows[:19] and len(made) <= 1
 
+    # the same in the middle of a batch: no row comes twice
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:10]) + "\n")
+    batched = evaluate(tiny_model, byte_tokenizer, profile, small(batch_tokens=3 * TOKENS), path)
+    assert sorted(map(key, batched)) == sorted(map(key, rows))
+    path.write_text("\n".join(lines) + "\n")
+
     more = evaluate(tiny_model, byte_tokenizer, profile, small(n=4), path)
     assert len(more) == 2 * 4 * 6 and without_times(more)[: len(rows)] == without_times(resumed)
     for change, word in (

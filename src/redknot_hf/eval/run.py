@@ -128,6 +128,8 @@ def evaluate(
                     missing = [m for m in methods if any((name, tokens, m.name, e.index) not in have for e in group)]
                     progress(f"{name} at {tokens} tokens", done, total)
                     for row in _rows(model, tokenizer, name, group, methods, missing):
+                        if (name, tokens, row["method"], row["index"]) in have:
+                            continue  # an interruption in the middle of a batch
                         row = {"task": name, "context": tokens, **row}
                         rows.append(row)
                         file.write(json.dumps(row) + "\n")
