@@ -134,23 +134,48 @@ def _order_groups(weights: np.ndarray, assignment: np.ndarray, ranks: int) -> np
 
 
 def _exchange_groups(weights: np.ndarray, assignment: np.ndarray, ranks: int) -> None:
-    """Exchange two ranks' groups within a layer while that lowers the sum of squared loads. In place."""
+    """Exchange two ranks' groups within a layer, or within two, while that lowers the sum of squared loads. In place."""
     layers = assignment.shape[0]
     sums = np.stack([_loads(weights[l : l + 1], assignment[l : l + 1], ranks) for l in range(layers)])
     first, second = np.triu_indices(ranks, 1)
     for _ in range(_MAX_STEPS):
         loads = sums.sum(axis=0)
         difference = sums[:, first] - sums[:, second]
-        change = (2 * difference * (difference - (loads[first] - loads[second]))).sum(axis=2)
+        apart = loads[first] - loads[second]
+        change = (2 * difference * (difference - apart)).sum(axis=2)
         at = int(np.argmin(change))
-        if change.flat[at] >= -1e-12:
+        if change.flat[at] < -1e-12:
+            layer, pair = divmod(at, first.size)
+            moves = [(layer, pair)]
+        else:
+            moves = _two_exchanges(difference, apart)
+        if not moves:
             return
-        layer, pair = divmod(at, first.size)
-        a, b = first[pair], second[pair]
-        row = assignment[layer]
-        on_a, on_b = row == a, row == b
-        row[on_a], row[on_b] = b, a
-        sums[layer, [a, b]] = sums[layer, [b, a]]
+        for layer, pair in moves:
+            a, b = first[pair], second[pair]
+            row = assignment[layer]
+            on_a, on_b = row == a, row == b
+            row[on_a], row[on_b] = b, a
+            sums[layer, [a, b]] = sums[layer, [b, a]]
+
+
+def _two_exchanges(difference: np.ndarray, apart: np.ndarray) -> list[tuple[int, int]]:
+    """Two layers whose groups, exchanged between the same two ranks, lower the sum of squares together; or nothing.
+
+    Args:
+        difference: `[layers, rank pairs, contexts]` by how much the first rank's group is heavier; apart: the same of
+            the ranks' loads.
+    """
+    best, found = -1e-12, []
+    for pair in range(difference.shape[1]):
+        moved = difference[:, None, pair] + difference[None, :, pair]  # [layers, layers, contexts]
+        change = (2 * moved * (moved - apart[pair])).sum(axis=2)
+        np.fill_diagonal(change, 0.0)
+        at = int(np.argmin(change))
+        if change.flat[at] < best:
+            best = change.flat[at]
+            found = [(layer, pair) for layer in divmod(at, len(change))]
+    return found
 
 
 def _exchange_heads(
