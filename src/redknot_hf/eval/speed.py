@@ -121,54 +121,45 @@ def contenders(
     config = model.config
     cuda = next(model.parameters()).device.type == "cuda"
     plain = "sdpa" if compat.runs_sdpa(config) else "eager"
-    found: list[Contender] = []
-    for key in dict.fromkeys(wanted):
-        if key == "dynamic":
-            found.append(Contender(key, f"DynamicCache, {plain}", lambda n: DynamicCache(config=config), plain))
-        elif key == "static":
-            for compiled in (False, True) if compile_decode else (False,):
-                name = "StaticCache, compiled" if compiled else "StaticCache"
-                found.append(
-                    Contender(key, name, lambda n: StaticCache(config=config, max_cache_len=n), plain, compiled)
-                )
-        elif key == "quantized":
-            backends = (
-                ("quanto", "4 bits", None if is_optimum_quanto_available() else "needs the package optimum-quanto"),
-                ("hqq", "4 bits", None if is_hqq_available() else "needs the package hqq"),
-                ("fp8", "8 bits", None),
-            )
-            for backend, bits, absent in backends:
-                found.append(
-                    Contender(
-                        key, f"QuantizedCache {backend}, {bits}",
-                        lambda n, backend=backend: QuantizedCache(backend, config), plain, absent=absent,
-                    )
-                )  # fmt: skip
-        elif key == "offloaded":
-            found.append(
-                Contender(
-                    key, "DynamicCache, offloaded", lambda n: DynamicCache(config=config, offloading=True), plain,
-                    absent=None if cuda else "offloading needs a CUDA device",
-                )
-            )  # fmt: skip
-        elif key == "ours":
-            found.append(Contender(key, "RedKnotCache", lambda n: RedKnotCache(config, profile), "redknot"))
-        elif key == "ours-global":
-            exact = HeadProfile.all_global(config)
-            found.append(
-                Contender(key, "RedKnotCache, all heads global", lambda n, e=exact: RedKnotCache(config, e), "redknot")
-            )
-        elif key == "ours-static":
-            for compiled in (False, True) if compile_decode else (False,):
-                name = "RedKnotCache static, compiled" if compiled else "RedKnotCache static"
-                found.append(
-                    Contender(
-                        key, name, lambda n: RedKnotCache(config, profile, max_cache_len=n), "redknot", compiled
-                    )
-                )  # fmt: skip
-        else:
+    exact = HeadProfile.all_global(config)
+    no_cuda = None if cuda else "offloading needs a CUDA device"
+
+    def quantized(backend: str) -> Callable[[int], Any]:
+        return lambda n: QuantizedCache(backend, config)
+
+    def static(n: int) -> Any:
+        return StaticCache(config=config, max_cache_len=n)
+
+    def ours_static(n: int) -> Any:
+        return RedKnotCache(config, profile, max_cache_len=n)
+
+    known: list[Contender] = [
+        Contender("dynamic", f"DynamicCache, {plain}", lambda n: DynamicCache(config=config), plain),
+        Contender("static", "StaticCache", static, plain),
+        Contender("static", "StaticCache, compiled", static, plain, compiled=True),
+        Contender(
+            "quantized", "QuantizedCache quanto, 4 bits", quantized("quanto"), plain,
+            absent=None if is_optimum_quanto_available() else "needs the package optimum-quanto",
+        ),
+        Contender(
+            "quantized", "QuantizedCache hqq, 4 bits", quantized("hqq"), plain,
+            absent=None if is_hqq_available() else "needs the package hqq",
+        ),
+        Contender("quantized", "QuantizedCache fp8, 8 bits", quantized("fp8"), plain),
+        Contender(
+            "offloaded", "DynamicCache, offloaded", lambda n: DynamicCache(config=config, offloading=True), plain,
+            absent=no_cuda,
+        ),
+        Contender("ours", "RedKnotCache", lambda n: RedKnotCache(config, profile), "redknot"),
+        Contender("ours-static", "RedKnotCache static", ours_static, "redknot"),
+        Contender("ours-static", "RedKnotCache static, compiled", ours_static, "redknot", compiled=True),
+        Contender("ours-global", "RedKnotCache, all heads global", lambda n: RedKnotCache(config, exact), "redknot"),
+    ]  # fmt: skip
+    wanted = list(dict.fromkeys(wanted))
+    for key in wanted:
+        if key not in CACHES:
             raise RedKnotError(f"--caches: {shorten(key)} is unknown; expected some of {', '.join(CACHES)}")
-    return found
+    return [c for key in wanted for c in known if c.key == key and (compile_decode or not c.compiled)]
 
 
 def measure_caches(

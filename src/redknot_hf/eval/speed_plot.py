@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..errors import MissingExtraError
 from .speed import CacheTable
@@ -25,7 +26,7 @@ def plot(table: CacheTable, path: str | Path) -> None:
         raise MissingExtraError("the plot of a benchmark", "matplotlib", "eval") from error
     rows = [row for row in table.rows if row.first_token_s is not None]
     names = [row.name for row in rows]
-    panels = (
+    panels: tuple[tuple[str, list[Any], str], ...] = (
         ("first token, s", [row.first_token_s for row in rows], "{:.3g}"),
         ("ms per token", [row.decode_ms for row in rows], "{:.3g}"),
         ("KV per sequence, MB", [(row.kv_bytes or 0) / 1e6 for row in rows], "{:.3g}"),
