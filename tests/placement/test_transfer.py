@@ -159,6 +159,18 @@ def test_other_forms_of_a_cache_are_published_too(model, profile, expected):
         assert torch.equal(text, expected), key
 
 
+def test_a_reader_may_quantise(model, profile):
+    """One byte per channel on the reader's side: close to what came, and the writer's cache is as it was."""
+    store = SegmentStore("memory://")
+    cache, ids = prefill(model, profile, 300)
+    publish(cache, store, "x", tokens=ids)
+    found = fetch(store, "x", model, kv_dtype="int8")
+    more = torch.randint(2, 96, (2, 80), generator=torch.Generator().manual_seed(9))
+    mask = torch.cat([prompt(300)[1], torch.ones(2, 80, dtype=torch.int64)], 1)
+    exact, close = (model(more, attention_mask=mask, past_key_values=each).logits for each in (cache, found.cache))
+    assert 1e-5 < (exact - close).abs().max() < 0.05 * exact.abs().max()
+
+
 def test_without_profile_and_without_tokens(model):
     store = SegmentStore("memory://")
     cache, ids = prefill(model, HeadProfile.all_global(model.config))

@@ -136,7 +136,7 @@ def the_rank_matters(r: Ranks) -> None:
 
 
 def modes(r: Ranks) -> None:
-    """Beams, sampling with a seed and prompt lookup, as one process does them."""
+    """Beams, sampling with a seed, prompt lookup and a cache of fixed length, as one process does them."""
     model, one = r.shards("llama"), r.one("llama")
     single = dict(input_ids=r.ids[1:], attention_mask=r.mask[1:])
     for options in (dict(num_beams=3), dict(do_sample=True, top_k=8), dict(**single, prompt_lookup_num_tokens=4)):
@@ -145,6 +145,9 @@ def modes(r: Ranks) -> None:
             torch.manual_seed(7)
             found.append(r.text(m, RedKnotCache(m.config, r.profile()), **options))
         assert torch.equal(*found), options
+    # the static form, too
+    static = [r.text(m, RedKnotCache(m.config, r.profile(), max_cache_len=80)) for m in (one, model)]
+    assert torch.equal(*static)
 
 
 def profiles_that_do_not_divide(r: Ranks) -> None:
