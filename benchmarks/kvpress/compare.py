@@ -42,6 +42,17 @@ def verdict(low: float, high: float, lower_is_better: bool) -> str:
     return "ours" if (high < 0) == lower_is_better else "theirs"
 
 
+def complete(rows: list[dict[str, Any]]) -> set[tuple[str, int]]:
+    """(task, index) of the prompts that have a row for every (method, level) their task has."""
+    of: dict[str, set[Any]] = {}
+    have: dict[tuple[str, int], set[Any]] = {}
+    for row in rows:
+        what = (row["method"], row["level"])
+        of.setdefault(row["task"], set()).add(what)
+        have.setdefault((row["task"], row["index"]), set()).add(what)
+    return {key for key, found in have.items() if key[0] in TITLES and found == of[key[0]]}
+
+
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     measured = [row for row in rows if row["task"] in TITLES and "error" not in row]
     keys = list(dict.fromkeys((row["level"], row["task"], row["method"]) for row in measured))
@@ -77,7 +88,7 @@ def markdown(entries: list[dict[str, Any]], padded: list[dict[str, Any]], heads:
     lines = []
     for level in sorted({e["level"] for e in entries}, reverse=True):
         here = [e for e in entries if e["level"] == level]
-        methods = list(dict.fromkeys(e["method"] for e in here))
+        methods = sorted(dict.fromkeys(e["method"] for e in here), key=lambda m: (m != "full", not m.startswith(OURS)))
         lines += [
             f"Level {level:.0%} of the dense bytes:"
             if level < 1
@@ -136,30 +147,36 @@ def main() -> None:
     (ours_head, ours), (their_head, theirs) = load(args.folder / "ours.jsonl"), load(args.folder / "kvpress.jsonl")
     if ours_head["prompts"] != their_head["prompts"]:
         raise SystemExit("ours.jsonl and kvpress.jsonl are of different prompts")
+    # Prompts that every method of both sides has: a run may have been stopped.
+    done = complete(ours) & complete(theirs)
+    ours = [r for r in ours if (r["task"], r["index"]) in done or r["task"] == "padded"]
+    theirs = [r for r in theirs if (r["task"], r["index"]) in done or r["task"] == "padded"]
     # Each side has a full cache of its own; where its answers differ, other differences mean little.
-    full = {
-        side: {(r["task"], r["index"]): r for r in rows if r["method"] == "full"}
-        for side, rows in (("ours", ours), ("theirs", theirs))
-    }
-    both = full["ours"].keys() & full["theirs"].keys()
-    apart = [key for key in both if full["ours"][key]["hit"] != full["theirs"][key]["hit"]]
-    gap = max((abs(full["ours"][k]["nll"] - full["theirs"][k]["nll"]) for k in both), default=0.0)
+    mine, other = ({(r["task"], r["index"]): r for r in rows if r["method"] == "full"} for rows in (ours, theirs))
+    apart = [key for key in done if mine[key]["hit"] != other[key]["hit"]]
+    gap = max((abs(mine[k]["nll"] - other[k]["nll"]) for k in done), default=0.0)
     print(
-        f"full caches: {len(both)} prompts, {len(apart)} answered differently, largest difference of the mean NLL {gap:.2g}"
+        f"full caches: {len(done)} prompts, {len(apart)} answered differently, largest difference of the NLL {gap:.2g}"
     )
-    rows = [r for r in ours + theirs if r["task"] == "padded" or (r["task"], r["index"]) in both]
-    rows = [r for r in rows if not (r["method"] == "full" and r in theirs)]
+    rows = ours + [r for r in theirs if r["method"] != "full"]
     entries = summarise(rows)
-    padded = [r for r in rows if r["task"] == "padded"]
+    padded, padded_heads = [r for r in rows if r["task"] == "padded"], []
+    if (args.folder / "padded").exists():  # run apart, in another dtype
+        parts = [load(args.folder / "padded" / name) for name in ("ours.jsonl", "kvpress.jsonl")]
+        padded = [row for _, part in parts for row in part if row["task"] == "padded"]
+        padded_heads = [
+            {"versions": h["versions"], "device": h["device"], "dtype": h["dtype"], "command": h["command"]}
+            for h, _ in parts
+        ]
     errors = [r for r in rows if "error" in r and r["task"] != "padded"]
     columns = list(dict.fromkeys(key for entry in entries for key in entry))
     with (args.folder / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(entries)
-    text = markdown(entries, padded, [ours_head, their_head])
+    text = markdown(entries, padded, [ours_head, their_head, *padded_heads])
     found = {
-        "full_caches": {"prompts": len(both), "answered_differently": len(apart), "largest_nll_difference": gap},
+        "full_caches": {"prompts": len(done), "answered_differently": len(apart), "largest_nll_difference": gap},
         "ours": ours_head, "kvpress": their_head, "results": entries, "padded": padded, "errors": errors,
     }  # fmt: skip
     (args.folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")

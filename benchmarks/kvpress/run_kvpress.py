@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kvpress"))
+    parser.add_argument("--only-padded", action="store_true", help="the padded batch alone")
     parser.add_argument("--batch", type=int, default=1, help="prompts at a time (25 on a GPU)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -186,7 +187,7 @@ def main() -> None:
         except Exception as error:  # whatever a press raises is the result
             found = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
         rows.add(task="padded", index=0, method=name, level=0.5, **found)
-    for group in batches(data["prompts"], args.batch):
+    for group in [] if args.only_padded else batches(data["prompts"], args.batch):
         measure(rows, model, group, reachable(len(group[0]["context"])))
 
 

@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=24)
     parser.add_argument("--text-n", type=int, default=12)
     parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--only-padded", action="store_true", help="the padded batch alone")
     parser.add_argument("--batch", type=int, default=1, help="prompts at a time (25 on a GPU)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -163,7 +164,7 @@ def main() -> None:
         name = "ours" if prefill == "full" else "ours, windowed prefill"
         if ("padded", 0, name, 0.5) not in rows.have:
             rows.add(task="padded", index=0, method=name, level=0.5, **padded_case(model, long, short, read))
-    for group in batches(data["prompts"], args.batch):
+    for group in [] if args.only_padded else batches(data["prompts"], args.batch):
         measure(rows, model, group, methods)
 
 
