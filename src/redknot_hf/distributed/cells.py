@@ -40,7 +40,10 @@ def visible_positions(sink: int, window: int, length: int) -> np.ndarray:
 def cell_tokens(layer: RedKnotLayer, head: int, lens: np.ndarray) -> int:
     """Tokens of a cell, over all rows."""
     sink, window = int(layer.sink[head]), int(layer.window[head])
-    return sum(len(visible_positions(sink, window, int(n))) for n in lens)
+    if window >= KEEP_ALL:
+        return int(lens.sum())
+    first = np.minimum(sink, lens)  # counted, not listed: the lengths may come from anywhere
+    return int((first + lens - np.maximum(first, lens - window + 1)).sum())
 
 
 def read_layer(layer: RedKnotLayer, rows: np.ndarray) -> list[Cell]:

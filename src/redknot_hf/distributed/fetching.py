@@ -41,7 +41,6 @@ class Fetched:
     Attributes:
         cache: holds the heads of this process.
         tokens: int64 ``[batch, n]`` as the writer gave them, on the device of the cache; None if it gave none.
-        attention_mask: int64 ``[batch, n]`` for them (for the tokens of the cache without them): 0 for padding.
         cells: entries of single heads that were read.
         nbytes: keys and values in them.
         dense_nbytes: what the same tokens of the same heads take in a `DynamicCache`.
@@ -49,10 +48,20 @@ class Fetched:
 
     cache: RedKnotCache = field(repr=False)
     tokens: torch.Tensor | None = field(repr=False)
-    attention_mask: torch.Tensor = field(repr=False)
     cells: int
     nbytes: int
     dense_nbytes: int
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """int64 ``[batch, n]`` for `tokens` (without them, for what the cache holds): 0 for padding."""
+        held = [layer for layer in self.cache.paged_layers if layer.is_initialized]
+        batch = held[0].batch_size if held else 0
+        seen = self.cache.get_seq_length()
+        columns = seen if self.tokens is None else self.tokens.shape[1]
+        mask = np.ones((batch, max(columns, seen)), np.int64)
+        mask[:, :seen] = self.cache.real_columns(batch, seen)
+        return torch.from_numpy(mask[:, :columns]).to(held[0].device if held else "cpu")
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -258,15 +267,9 @@ class Fetcher:
     def _fetched(self, cache: RedKnotCache, root: Root) -> Fetched:
         held = [layer for layer in cache.paged_layers if layer.is_initialized]
         device = held[0].device if held else torch.device("cpu")
-        columns = root.seen if root.tokens is None else root.tokens.shape[1]
-        mask = np.ones((len(root.lens), columns), np.int64)
-        real = root.real_columns()
-        if real is not None:
-            mask[:, : root.seen] = real
         return Fetched(
             cache=cache,
             tokens=None if root.tokens is None else root.tokens.to(device),
-            attention_mask=torch.from_numpy(mask).to(device),
             cells=self.cells,
             nbytes=self.nbytes,
             dense_nbytes=root.dense_nbytes // self.ranks.size,

@@ -134,7 +134,7 @@ def _publish(
     if any(each["state"] != said[0]["state"] for each in said):
         raise CacheError("the ranks of the writer do not hold the same tokens: feed all of them the same inputs")
     root.edition = said[0]["edition"]
-    nbytes, cells, problem = 0, 0, ""
+    nbytes, cells, problem, other = 0, 0, "", None
     try:
         for items in _cells(cache, root, name, ranks):
             for entry in (entry for _, entry in items):
@@ -143,8 +143,8 @@ def _publish(
             if not all(store.put_many(items)):
                 problem = "the store did not take a cell (its warning says why)"
                 break
-    except RedKnotError as error:
-        problem = str(error)
+    except Exception as error:  # whatever stops this rank must not leave the others waiting
+        problem, other = f"{type(error).__name__}: {error}", error
     said = ranks.exchange({"problem": problem, "nbytes": nbytes, "cells": cells})
     failed = [f"rank {i}: {each['problem']}" for i, each in enumerate(said) if each["problem"]]
     old = None
@@ -157,6 +157,8 @@ def _publish(
     failed = ranks.exchange(failed)[0]
     if failed:
         _remove_cells(store, root, name, cache, ranks)
+        if other is not None:
+            raise other
         raise NotPublished(f"nothing was published under {shorten(key)}: {failed[0]}")
     if old is not None:
         for each in old.cell_names(name):
