@@ -55,6 +55,30 @@ def test_least_recently_used_goes_first(tiny, profile):
     assert report.host == ("b",) and report.device == ("c", "a", "d")
 
 
+def test_quantised_sessions_are_counted_and_moved(tiny, tmp_path):
+    """Frozen pages lie in no pool: they count, move to the host and to files, and come back as they were."""
+    profile = HeadProfile.all_global(tiny.config)
+
+    def frozen(seed: int) -> RedKnotCache:
+        cache = make(tiny, profile, 1, 300, seed=seed, kv_dtype="int8")
+        cache.freeze()
+        return cache
+
+    one = frozen(0).memory_report()
+    assert one.live < 0.3 * one.dense
+    store = SessionStore(tiny, device_bytes=int(2.5 * one.live), host_bytes=int(1.5 * one.live), folder=tmp_path)
+    twins = {}
+    for user in range(5):
+        cache = frozen(user)
+        twins[user] = cache.fork()
+        store.put(str(user), cache)
+    report = store.report()
+    assert (len(report.device), len(report.host), len(report.disk)) == (2, 1, 2)
+    assert 1.9 * one.ideal < report.device_bytes < 2.5 * one.live and report.host_bytes > 0.95 * one.ideal
+    for user, twin in twins.items():
+        assert torch.equal(steps(tiny, store.get(str(user)), 5), steps(tiny, twin, 5))
+
+
 def test_pinned_and_used_sessions_stay(tiny, profile):
     one = session_bytes(tiny, profile)
     store = SessionStore(tiny.config, device_bytes=2 * one)
