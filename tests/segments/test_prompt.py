@@ -441,6 +441,33 @@ def test_a_damaged_entry_is_a_miss_with_one_warning(tmp_path, caplog):
         assert torch.equal(a, b)
 
 
+def test_a_damaged_entry_that_cannot_be_deleted_is_not_used_either(tmp_path, caplog, monkeypatch):
+    """Its bytes are hashed while the prompt is built from them; the second attempt must not read it again."""
+    from redknot_hf.segments.stores.local import LocalFileStore
+
+    model = tiny("llama")
+    segments = [DOCUMENTS[1], DOCUMENTS[0]]
+    good = prompt_of(model, store=f"file://{tmp_path}").build(segments, QUERY, 0.2)
+    for path in tmp_path.rglob("*.safetensors"):
+        raw = bytearray(path.read_bytes())
+        raw[-100] ^= 1
+        path.write_bytes(raw)
+
+    def refuse(*args):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(LocalFileStore, "_remove", refuse)
+    monkeypatch.setattr(LocalFileStore, "_write", refuse)
+    prompt = prompt_of(model, store=SegmentStore(f"file://{tmp_path}", retry_after=0.0))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            built = prompt.build(segments, QUERY, 0.2)
+            assert [segment.tier for segment in built.account.segments] == ["computed"] * 3
+            for a, b in zip(contents(good["past_key_values"]), contents(built["past_key_values"]), strict=True):
+                assert torch.equal(a, b)
+    assert len([r for r in caplog.records if "is damaged" in r.getMessage()]) == 3
+
+
 @pytest.mark.parametrize("fault", ["heads", "dtype", "tokens", "start", "groups"])
 def test_an_entry_of_another_shape_is_a_miss(fault, caplog):
     model = tiny("llama")

@@ -28,7 +28,7 @@ class _Piece(NamedTuple):
     layer: int  # the first that has bytes in it
     entry: int
     leaf: int  # its number in the entry's checksum
-    source: np.ndarray
+    source: np.ndarray | torch.Tensor  # a tensor if it is page-locked already
     target: torch.Tensor
 
 
@@ -59,9 +59,7 @@ class Upload:
             for name, tensor in entry.tensors.items():
                 target = tensor.to(self.device) if tensor.is_cuda else torch.empty_like(tensor, device=self.device)
                 self.stacks[-1][name] = target
-                if tensor.is_pinned():
-                    target.copy_(tensor, non_blocking=True)
-                elif not tensor.is_cuda:
+                if not tensor.is_cuda:
                     pieces += _cut(number, entry, name, target)
             self._checks.append(None)
             if entry.check is not None and not any(t.is_cuda or t.is_pinned() for t in entry.tensors.values()):
@@ -135,6 +133,10 @@ class Upload:
             except IndexError:
                 return
             size = len(piece.source)
+            if isinstance(piece.source, torch.Tensor):
+                piece.target.copy_(piece.source, non_blocking=True)
+                self._sent(piece)
+                continue
             if len(ring) < BUFFERS:
                 buffer = _page_locked(PIECE_BYTES)
                 ring.append((buffer, buffer.numpy(), torch.cuda.Event()))
@@ -147,13 +149,16 @@ class Upload:
             np.copyto(content[:size], piece.source)
             piece.target.copy_(buffer[:size], non_blocking=True)
             event.record()
-            with self._ready:
-                self._left[piece.layer] -= 1
-                if not self._left[piece.layer]:
-                    self._ready.notify_all()
+            self._sent(piece)
             check = self._checks[piece.entry]
             if check is not None:
                 self._hash(check, piece.entry, piece.leaf, content[:size])
+
+    def _sent(self, piece: _Piece) -> None:
+        with self._ready:
+            self._left[piece.layer] -= 1
+            if not self._left[piece.layer]:
+                self._ready.notify_all()
 
     def _hash(self, check: PendingCheck, entry: int, leaf: int, content: np.ndarray) -> None:
         digest = check.leaf(content)
@@ -183,7 +188,8 @@ def _page_locked(size: int) -> torch.Tensor:
 def _cut(number: int, entry: SegmentEntry, name: str, target: torch.Tensor) -> list[_Piece]:
     """The pieces of a tensor, as its checksum counts them."""
     tensor = entry.tensors[name].detach().contiguous()
-    source, sink = tensor.view(-1).view(torch.uint8).numpy(), target.view(-1).view(torch.uint8)
+    bytes_of, sink = tensor.view(-1).view(torch.uint8), target.view(-1).view(torch.uint8)
+    source = bytes_of if tensor.is_pinned() else bytes_of.numpy()
     group = int(name.partition(".")[2])
     layers = [layer for layer, g in enumerate(entry.extra["groups"]) if g == group]
     first_leaf = 0 if entry.check is None else entry.check.first_leaf(name)

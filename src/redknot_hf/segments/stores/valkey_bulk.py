@@ -67,7 +67,7 @@ class _Replies:
         self.error: str | None = None
 
     def group(self, count: int, size: int) -> memoryview | None:
-        buffer, at, complete = memoryview(np.empty(size, np.uint8)), 0, True
+        buffer, at, complete = np.empty(size, np.uint8).data, 0, True
         for _ in range(count):
             length = self._length()
             if length is None:
