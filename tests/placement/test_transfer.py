@@ -302,6 +302,10 @@ def test_a_description_that_lies_is_refused(model, profile, folder):
     )
     with pytest.raises(RedKnotError):
         fetch(folder, "x", model)
+    huge = {**good.extra, "seen": 1 << 39, "lens": [1 << 39] * 2}  # nothing of that size is made
+    folder.put(root_name("x"), SegmentEntry({}, 200, extra=huge))
+    with pytest.raises(CacheMissing, match="layer 0, head 0 holds"):
+        fetch(folder, "x", model)
     folder.put(root_name("x"), good)
     assert fetch(folder, "x", model).cells == 12
 
