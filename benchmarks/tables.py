@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the committed results: no number in it is typed by hand.
+"""Write docs/benchmarks.md and the README's table from the committed results: no number there is typed by hand.
 
 python benchmarks/tables.py
 """
@@ -82,6 +82,50 @@ def decode(result: Any) -> list[str]:
     ]
 
 
+BEGIN, END = "<!-- table: python benchmarks/tables.py -->", "<!-- end of table -->"
+README_ROWS = {
+    "DynamicCache, sdpa with cuDNN": ("DynamicCache sdpa, cuDNN on", None),
+    "DynamicCache, sdpa without cuDNN": ("DynamicCache sdpa, cuDNN off", "DynamicCache"),
+    "StaticCache, compiled": ("StaticCache compiled", "StaticCache"),
+    "RedKnotCache, 1/8 global, eager": ("RedKnotCache 1/8 eager", "RedKnotCache 1/8"),
+    "RedKnotCache, 1/8 global, compiled": ("RedKnotCache 1/8 compiled", "RedKnotCache 1/8 static"),
+    "RedKnotCache, all global, compiled": ("RedKnotCache all global compiled", None),
+}
+
+
+def readme_table(result: Any) -> str:
+    """One line per cache: milliseconds per token, and how many sessions fit. Several runs are given as a range."""
+
+    def spread(cache: str, batch: int, context: int) -> str | None:
+        found = [
+            row["ms"]
+            for row in result["rows"]
+            if row.get("cache") == cache and (row["batch"], row["context"]) == (batch, context) and "ms" in row
+        ]
+        ends = sorted({f"{ms:.1f}" for ms in found}, key=float)
+        return None if not ends else ends[0] if len(ends) == 1 else f"{ends[0]} to {ends[-1]}"
+
+    def sessions(cache: str | None) -> Any:
+        found = [row["largest_batch"] for row in result["rows"] if cache and row.get("capacity") == cache]
+        return found[-1] if found else None
+
+    rows = [
+        [label, spread(cache, 1, 32768), spread(cache, 8, 32768), spread(cache, 1, 131072), sessions(fits)]
+        for label, (cache, fits) in README_ROWS.items()
+    ]
+    head = ["", "32K, batch 1", "32K, batch 8", "128K, batch 1", "sessions of 128K that fit"]
+    where = source(result, f"ms per token. {result['device']}, {result['memory_gb']:.0f} GB")
+    return "\n".join(
+        [*table(head, rows), "", where.replace(" Command: ", " From `benchmarks/results/h200/decode.json`; command: ")]
+    )
+
+
+def write_readme(result: Any, path: Path = ROOT / "README.md") -> None:
+    text = path.read_text()
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    path.write_text(f"{text[:start]}\n{readme_table(result)}\n{text[end:]}")
+
+
 def rules(path: Path) -> list[str]:
     if not path.exists():
         return []
@@ -100,6 +144,7 @@ def main() -> int:
         lines += cpu(found)
     if (found := load("h200/decode.json")) is not None:
         lines += decode(found)
+        write_readme(found)
     summary = RESULTS / "h200" / "summary.md"
     if summary.exists():
         lines += [

@@ -42,3 +42,17 @@ def test_the_quick_start_is_there():
     readme = blocks(ROOT / "README.md")
     assert any("RedKnotCache(model.config" in block.code for block in readme if block.runs)
     assert len(PAGES) >= 8
+
+
+def test_the_readme_shows_the_committed_results():
+    """`python benchmarks/tables.py` after new results; no number in that table is typed by hand."""
+    import json
+    import sys
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import tables
+    finally:
+        sys.path.pop(0)
+    result = json.loads((ROOT / "benchmarks" / "results" / "h200" / "decode.json").read_text(encoding="utf-8"))
+    assert tables.readme_table(result) in (ROOT / "README.md").read_text(encoding="utf-8")
