@@ -259,8 +259,8 @@ class Run:
     def _always_in_prompt(self, device: torch.device) -> tuple[torch.Tensor, int | None]:
         rows = self.rows
         if rows.real is None and rows.past_real is None:  # one line for all sequences, counted without the device
-            order = np.arange(rows.count)
-            line = self._passes(order + rows.past, order, rows.count)
+            numbers = np.arange(rows.count)
+            line = self._passes(numbers + rows.past, numbers, rows.count)
             return upload(line, device).expand(rows.batch, -1), int(line.sum())
         if rows.real is None:
             order = torch.arange(rows.count, device=device).expand(rows.batch, -1)
