@@ -11,12 +11,14 @@ from core_models import (
     forward,
     generate,
     global_cache,
+    mixed,
     mixed_cache,
     padded,
     plain_cache,
     tiny,
     tokens,
 )
+from dense_reference import dense_reference, full_cache
 from transformers import AutoModelForCausalLM
 
 CACHES = {"global": global_cache, "mixed": mixed_cache}
@@ -151,3 +153,41 @@ def test_a_seed_decides_the_text(model):
     ids = tokens(20)
     runs = [generate(model, mixed_cache(model), ids, do_sample=True, top_k=0, max_new_tokens=20) for _ in range(2)]
     assert_same(*runs, 0)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_to_the_last_position_the_model_has(name):
+    """512 positions: the prompt and every decode step up to the last, windows evicted dozens of times over."""
+    model = tiny(name)
+    limit, prompt = model.config.max_position_embeddings, 480
+    text = tokens(limit, 2, seed=3)
+    want = {}
+    for kind, profile in (("global", None), ("mixed", mixed(model.config))):
+        with dense_reference(model, profile):
+            want[kind] = forward(model, text, full_cache(model.config))
+    for kind, make in CACHES.items():
+        cache = make(model)
+        got = [forward(model, text[:, :prompt], cache)]
+        got += [forward(model, text[:, at : at + 1], cache) for at in range(prompt, limit)]
+        assert cache.get_seq_length() == limit
+        close(torch.cat(got, 1), want[kind], 3e-5)
+
+
+@pytest.mark.slow
+def test_smollm2_to_its_last_position(smollm2):
+    """8,192 tokens of real text positions in one prompt: logits and the token that follows are those of DynamicCache."""
+    model, tokenizer = smollm2
+    limit = model.config.max_position_embeddings
+    ids = tokenizer(
+        "".join(f"Line {n}: {n * n % 977} bees in hive {n % 41}. " for n in range(1200)), return_tensors="pt"
+    )
+    ids = ids["input_ids"][:, : limit - 1]
+    assert ids.shape[1] == limit - 1
+    with torch.no_grad():
+        want = [model(ids, past_key_values=(theirs := plain_cache(model)), logits_to_keep=1).logits]
+        got = [model(ids, past_key_values=(ours := global_cache(model)), logits_to_keep=1).logits]
+        following = want[0][:, -1:].argmax(-1)
+        want.append(model(following, past_key_values=theirs).logits)
+        got.append(model(following, past_key_values=ours).logits)
+    close(torch.cat(got, 1), torch.cat(want, 1), 2e-3)
+    assert ours.get_seq_length() == limit
