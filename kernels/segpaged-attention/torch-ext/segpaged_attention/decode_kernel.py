@@ -1,11 +1,8 @@
 """`decode`: a few query rows per sequence over its pages, split evenly over the device whatever the lengths are.
 
-An *item* is one (sequence, KV head), or a part of its query heads, with its own number n of stored slots. Items are
-laid end to end on a line of units, one per block of BLOCK_N slots plus OVERHEAD units per item (the fixed cost of
-taking up an item; without them many short local items land on few programs). Each program takes an equal stretch of
-the line ("stream-K", arXiv 2301.03598), so there is no plan to make on the host, and lengths are only read on the
-device. A program that holds a whole item writes the output; an item that several programs share leaves float32
-partial results, which a second kernel combines ("flash decoding").
+The work is a line of blocks of BLOCK_N slots, item after item, an item being one (sequence, KV head) (`decode_plan`).
+Each program takes an equal stretch of it. A program that holds a whole item writes the output; an item that several
+programs share leaves float32 partial results, which a second kernel combines ("flash decoding").
 
 The group's query rows are few, so the product is turned around: S^T = K q^T and O^T = V^T P^T make the 64 keys the long
 side of the matrix instruction and let Hopper read K and V straight from shared memory.
@@ -24,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .decode_plan import blocks_of, item_facts, plan, program_of, programs_for, units_of
 from .launching import cdiv, launch, power_of_2
 from .tiles import (
     HIDDEN,
@@ -40,87 +38,7 @@ from .tiles import (
     strides,
 )
 
-MIN_UNITS = tl.constexpr(2)  # a program takes no less
 CHUNKS = tl.constexpr(32)  # requests per block of K or V that is asked for ahead
-
-
-@triton.jit
-def _item_facts(
-    p_seq_lens, p_sink, p_ring, item, m_item, KV_HEADS: tl.constexpr, FOLD: tl.constexpr, GUESS: tl.constexpr
-):
-    """Tokens stored, sink and ring of one item or of many.
-
-    GUESS: the kernel before may still be writing them, so nothing of what is read may stay in L1 (volatile).
-    """
-    i_kv = item % KV_HEADS // FOLD
-    seq_len = tl.load(p_seq_lens + item // KV_HEADS, mask=m_item, other=0, volatile=GUESS)
-    sink = tl.load(p_sink + i_kv, mask=m_item, other=0, volatile=GUESS)
-    return seq_len, sink, tl.load(p_ring + i_kv, mask=m_item, other=1, volatile=GUESS)
-
-
-@triton.jit
-def _blocks_of(
-    seq_len, sink, ring, model_window, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr
-):  # fmt: skip
-    """The first block that any row sees, and how many blocks follow; for one item or many."""
-    kept = sink + ring
-    blocks = (tl.minimum(seq_len, kept) + BLOCK_N - 1) // BLOCK_N
-    first = blocks * 0
-    if EXACT:
-        # where slot and position are the same, what lies before the model's window of the first row need not be read
-        oldest = tl.maximum(seq_len - ROWS - model_window + 1, 0)
-        first = tl.where(seq_len <= kept, oldest // BLOCK_N, 0)
-        blocks -= first
-    return first, blocks
-
-
-@triton.jit
-def _units_of(
-    p_seq_lens, p_sink, p_ring, model_window, num_items,
-    KV_HEADS: tl.constexpr, FOLD: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ITEMS: tl.constexpr,
-    EXACT: tl.constexpr, OVERHEAD: tl.constexpr, GUESS: tl.constexpr,
-):  # fmt: skip
-    """[ITEMS]: the units that each item takes on the line."""
-    o_i = tl.arange(0, ITEMS)
-    m_i = o_i < num_items
-    seq_len, sink, ring = _item_facts(p_seq_lens, p_sink, p_ring, o_i, m_i, KV_HEADS, FOLD, GUESS)
-    _first, b_blocks = _blocks_of(seq_len, sink, ring, model_window, ROWS, BLOCK_N, EXACT)
-    return tl.where(m_i, b_blocks + OVERHEAD, 0)
-
-
-@triton.jit
-def _programs_for(total, num_programs):
-    """How many of the programs get any of `total` units."""
-    return tl.maximum(tl.minimum(num_programs, (total + MIN_UNITS - 1) // MIN_UNITS), 1)
-
-
-@triton.jit
-def _stretch_start(program, total, programs):
-    """First unit of a program: all take as many, the first ``total % programs`` one more."""
-    each = total // programs
-    return program * each + tl.minimum(program, total - each * programs)
-
-
-@triton.jit
-def _program_of(unit, total, programs):
-    """The program that takes a unit: the inverse of `_stretch_start`."""
-    each = total // programs
-    more = total - each * programs
-    wide = more * (each + 1)
-    return tl.where(unit < wide, unit // (each + 1), more + (unit - wide) // tl.maximum(each, 1))
-
-
-@triton.jit
-def _plan(b_units, i_p, ITEMS: tl.constexpr):
-    """Units in all, programs that get any, this program's stretch [unit, stop), its first item and where that ends."""
-    b_end = tl.cumsum(b_units, 0)
-    total = tl.sum(b_units, 0)
-    programs = _programs_for(total, tl.num_programs(0))
-    unit = _stretch_start(i_p, total, programs)
-    stop = tl.where(i_p < programs, _stretch_start(i_p + 1, total, programs), unit)
-    item = tl.sum((b_end <= unit).to(tl.int32), 0)
-    end = tl.sum(tl.where(tl.arange(0, ITEMS) == item, b_end, 0), 0)
-    return total, programs, unit, stop, item, end
 
 
 @triton.jit
@@ -244,7 +162,7 @@ def _decode_kernel(
     i_p = tl.program_id(0)
     if EARLY:
         # While the kernel before ends, plan by the lengths as they are. If they change until then, plan again.
-        b_guess = _units_of(
+        b_guess = units_of(
             p_seq_lens,
             p_sink,
             p_ring,
@@ -259,7 +177,7 @@ def _decode_kernel(
             OVERHEAD,
             True,
         )
-        total, programs, unit, stop, item, end = _plan(b_guess, i_p, ITEMS)
+        total, programs, unit, stop, item, end = plan(b_guess, i_p, ITEMS)
         # the page table's line comes into L2; what it says is read again
         blocks = tl.sum(tl.where(tl.arange(0, ITEMS) == item, b_guess, 0), 0) - OVERHEAD
         o_page = tl.maximum(unit - end + blocks, 0) * BLOCK_N // PAGE
@@ -270,7 +188,7 @@ def _decode_kernel(
         gdc_wait()
         gdc_launch_dependents()  # not before: the combining kernel reads lengths before it waits
     # [ITEMS]
-    b_units = _units_of(
+    b_units = units_of(
         p_seq_lens,
         p_sink,
         p_ring,
@@ -287,10 +205,10 @@ def _decode_kernel(
     )
     if EARLY:
         if tl.sum((b_units != b_guess).to(tl.int32), 0) > 0:
-            total, programs, unit, stop, item, end = _plan(b_units, i_p, ITEMS)
+            total, programs, unit, stop, item, end = plan(b_units, i_p, ITEMS)
     else:
-        total, programs, unit, stop, item, end = _plan(b_units, i_p, ITEMS)
-    seq_len, sink, ring = _item_facts(p_seq_lens, p_sink, p_ring, item, item < num_items, KV_HEADS, FOLD, False)
+        total, programs, unit, stop, item, end = plan(b_units, i_p, ITEMS)
+    seq_len, sink, ring = item_facts(p_seq_lens, p_sink, p_ring, item, item < num_items, KV_HEADS, FOLD, False)
     b_page = 0
     if AHEAD > 0:
         b_page = _first_pages(
@@ -298,25 +216,25 @@ def _decode_kernel(
             AHEAD, max_pages,
         )  # fmt: skip
     while unit < stop:
-        first, blocks = _blocks_of(seq_len, sink, ring, model_window, ROWS, BLOCK_N, EXACT)
+        first, blocks = blocks_of(seq_len, sink, ring, model_window, ROWS, BLOCK_N, EXACT)
         begin = end - blocks  # of the item's blocks, after its OVERHEAD units
         part_end = tl.minimum(end, stop)
         block = first + tl.maximum(unit - begin, 0)
         block_end = first + tl.maximum(part_end - begin, 0)
         # What the next item needs is on its way while this one is computed: memory that is busy answers late.
-        next_len, next_sink, next_ring = _item_facts(
+        next_len, next_sink, next_ring = item_facts(
             p_seq_lens, p_sink, p_ring, item + 1, item + 1 < num_items, KV_HEADS, FOLD, False
         )
         b_next, count = b_page, 0
         if AHEAD > 0:
-            _first, count = _blocks_of(next_len, next_sink, next_ring, model_window, ROWS, BLOCK_N, EXACT)
+            _first, count = blocks_of(next_len, next_sink, next_ring, model_window, ROWS, BLOCK_N, EXACT)
             count = tl.minimum(count, stop - end - OVERHEAD)
             b_page = _first_pages(
                 p_table, table_stride_b, table_stride_h, item + 2, item + 2 < num_items, KV_HEADS, FOLD, PAGE, BLOCK_N,
                 AHEAD, max_pages,
             )  # fmt: skip
         if block_end > block:
-            alone = _program_of(begin, total, programs) == _program_of(end - 1, total, programs)
+            alone = program_of(begin, total, programs) == program_of(end - 1, total, programs)
             _attend_part(
                 p_q, p_k_pages, p_v_pages, p_table, p_window, p_aux, p_out, p_acc, p_max, p_sum, q_stride_b, q_stride_h,
                 q_stride_r, table_stride_b, table_stride_h, scale, softcap, model_window,
@@ -327,7 +245,7 @@ def _decode_kernel(
         unit = part_end
         item += 1
         seq_len, sink, ring = next_len, next_sink, next_ring
-        _first, next_blocks = _blocks_of(seq_len, sink, ring, model_window, ROWS, BLOCK_N, EXACT)
+        _first, next_blocks = blocks_of(seq_len, sink, ring, model_window, ROWS, BLOCK_N, EXACT)
         end += next_blocks + OVERHEAD
 
 
@@ -342,7 +260,7 @@ def _combine_kernel(
     item, i_m = tl.program_id(0), tl.program_id(1)
     if PDL:
         gdc_launch_dependents()
-    b_units = _units_of(
+    b_units = units_of(
         p_seq_lens,
         p_sink,
         p_ring,
@@ -359,11 +277,11 @@ def _combine_kernel(
     )
     o_i = tl.arange(0, ITEMS)
     total = tl.sum(b_units, 0)
-    programs = _programs_for(total, num_programs)
+    programs = programs_for(total, num_programs)
     end = tl.sum(tl.where(o_i <= item, b_units, 0), 0)
     blocks = tl.sum(tl.where(o_i == item, b_units, 0), 0) - OVERHEAD
-    program = _program_of(end - blocks, total, programs)  # that holds the item's first block
-    parts = tl.where(blocks > 0, _program_of(end - 1, total, programs) - program + 1, 0)
+    program = program_of(end - blocks, total, programs)  # that holds the item's first block
+    parts = tl.where(blocks > 0, program_of(end - 1, total, programs) - program + 1, 0)
     if PDL:
         gdc_wait()  # on every path: a kernel that ends without waiting lets the one after next start too early
     if parts != 1:
