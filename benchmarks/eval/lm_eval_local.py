@@ -50,6 +50,7 @@ dataset_path: json
 dataset_kwargs: {data_files: {test: DATA}}
 test_split: test
 output_type: loglikelihood_rolling
+doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list:
   - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}

@@ -1,0 +1,155 @@
+"""The results part of docs/evaluation.md, and the summaries beside the rows: from committed rows alone.
+
+    python benchmarks/eval/tables.py            # rewrites docs/evaluation.md below its marker
+    python benchmarks/eval/tables.py --check    # exit status 1 if that would change anything
+
+Every folder of benchmarks/results/eval with a rows.jsonl.gz (what `redknot eval` wrote, several files joined) gets
+results.csv, results.json and results.png; a task at a length for which a method lacks prompts is left out and named. The
+comparison with kvpress is taken from benchmarks/results/kvpress/table.md, which compare.py made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from redknot_hf.eval.report import plot, summarise, write_csv, write_json
+from redknot_hf.eval.tasks import TASKS
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "evaluation.md"
+MARK = "<!-- results: made by benchmarks/eval/tables.py -->"
+METHODS = ("full", "ours", "streaming", "window", "random", "blind")
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and rows of a folder; the headers of joined files differ in their lengths only."""
+    head: dict[str, Any] = {}
+    rows = []
+    with gzip.open(folder / "rows.jsonl.gz", "rt", encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            if "format" in row:
+                head = head or row
+            else:
+                rows.append(row)
+    return head, rows
+
+
+def complete(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of the (task, length) pairs for which every method has the same prompts, and the names of the others."""
+    groups: dict[tuple[str, int], dict[str, set[int]]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["context"]), {}).setdefault(row["method"], set()).add(row["index"])
+    methods = {row["method"] for row in rows}
+    whole = {
+        key for key, of in groups.items() if of.keys() == methods and len({frozenset(x) for x in of.values()}) == 1
+    }
+    lacking = [f"{task} at {context}" for task, context in groups if (task, context) not in whole]
+    return [row for row in rows if (row["task"], row["context"]) in whole], lacking
+
+
+def section(name: str, head: dict[str, Any], entries: list[dict[str, Any]], lacking: list[str]) -> list[str]:
+    settings, versions = head["settings"], ", ".join(f"{k} {v}" for k, v in head["versions"].items())
+    n = max(e["n"] for e in entries if e["method"] == "full")
+    lines = [
+        f"### {head['model']}, {head['device']}",
+        "",
+        f"n = {n} prompts per cell, {head['dtype']}, prefill={settings['prefill']}, page size {settings['page_size']}, "
+        f"seed {settings['seed']}; {versions}. Share found with its 95 % interval; perplexity with KL to the full cache in "
+        f"nats per token. Haystacks: {'the text given' if settings['texts'] else 'made-up prose'}.",
+        "",
+    ]
+    for context in sorted({e["context"] for e in entries}):
+        here = [e for e in entries if e["context"] == context]
+        methods = [m for m in METHODS if any(e["method"] == m for e in here)]
+        size = {m: next(e for e in here if e["method"] == m) for m in methods}
+        bytes_of = [
+            f"{size[m]['live_bytes'] / 1e6:.1f} MB ({size[m]['bytes_of_full']:.0%})" if size[m]["live_bytes"] else "0"
+            for m in methods
+        ]
+        lines += [
+            f"| {context} tokens | " + " | ".join(methods) + " |",
+            "|---" * (len(methods) + 1) + "|",
+            "| KV in use per sequence | " + " | ".join(bytes_of) + " |",
+        ]
+        for task in dict.fromkeys(e["task"] for e in here):
+            cells = []
+            for method in methods:
+                e = next(e for e in here if (e["task"], e["method"]) == (task, method))
+                if TASKS[task].score is None:
+                    kl = "" if e["kl"] is None or method == "full" else f", KL {e['kl']:.3f}"
+                    cells.append(f"{e['value']:.2f}{kl}")
+                else:
+                    cells.append(f"{e['value']:.2f} [{e['low']:.2f}, {e['high']:.2f}]")
+            lines.append(f"| {TASKS[task].title} | " + " | ".join(cells) + " |")
+        lines.append("")
+    if lacking:
+        lines += [f"Left out because the run was cut short: {', '.join(lacking)}.", ""]
+    return lines
+
+
+def results() -> str:
+    lines: list[str] = []
+    for folder in sorted((RESULTS / "eval").iterdir()):
+        if not (folder / "rows.jsonl.gz").exists():
+            continue
+        head, rows = read(folder)
+        rows, lacking = complete(rows)
+        entries = summarise(rows)
+        write_csv(entries, folder / "results.csv")
+        write_json({**head, "left_out": lacking}, entries, folder / "results.json")
+        title = f"{head['model']}, {head['dtype']}, prefill={head['settings']['prefill']}: mean and 95 % interval"
+        plot(entries, folder / "results.png", title)
+        lines += section(folder.name, head, entries, lacking)
+    harness = RESULTS / "eval" / "lm_eval.json"
+    if harness.exists():
+        found = json.loads(harness.read_text())
+        ours, plain = (found["results"][name] for name in ("redknot", "hf"))
+        lines += [
+            "### Under lm-evaluation-harness",
+            "",
+            f"Tasks with local data, n = {found['n']}, {found['tokens']} tokens, on a CPU (`{found['command']}`; "
+            + ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+            + "). It shows that tasks run unchanged; n says nothing of quality.",
+            "",
+            "| task, measure | hf | redknot |",
+            "|---|---|---|",
+        ]
+        lines += [
+            f"| {task}, {measure.split(',')[0]} | {plain[task][measure]:.4g} | {value:.4g} |"
+            for task, numbers in ours.items()
+            for measure, value in numbers.items()
+        ]
+        lines.append("")
+    table = RESULTS / "kvpress" / "table.md"
+    if table.exists():
+        lines += [
+            "## Beside kvpress",
+            "",
+            (RESULTS / "kvpress" / "notes.md").read_text().strip(),
+            "",
+            table.read_text(),
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    text = PAGE.read_text(encoding="utf-8")
+    made = text[: text.index(MARK)] + MARK + "\n\n" + results()
+    if args.check:
+        sys.exit(int(made != text))
+    PAGE.write_text(made, encoding="utf-8")
+    print(f"written: {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
