@@ -67,3 +67,25 @@ def test_ten_seconds_of_atheris(name, tmp_path):
         cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", ["../x", "x/..", "../..", "-/.git", "owner/name"])
+def test_a_hub_name_is_no_path(name, monkeypatch, tmp_path):
+    """The Hub is asked for one constant file of a repository; what is no repository name is refused by its client."""
+    import huggingface_hub
+
+    from redknot_hf import HeadProfile, RedKnotError
+
+    asked = []
+    real = huggingface_hub.hf_hub_download
+
+    def watch(repo, filename, **options):
+        asked.append(filename)
+        return real(repo, filename, **options, cache_dir=tmp_path / "cache", local_files_only=True)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", watch)
+    with pytest.raises(RedKnotError) as caught:
+        HeadProfile.load(name)
+    assert set(asked) <= {"head_profile.json"} and "\n" not in str(caught.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts]
