@@ -48,9 +48,9 @@ BROKEN = {
 def test_the_preset_stays_within_its_bound(smollm2, text):
     model, _ = smollm2
     ids, reference = text
-    with SparseFFN(model, "smollm2-135m-kl0.006") as context:
+    with SparseFFN(model, "smollm2-135m-kl0.008") as context:
         assert divergence(following(model, ids), reference) <= BOUND
-    assert context.stats.fraction < 0.78
+    assert context.stats.fraction < 0.80  # 0.782 at 2,048 tokens; a short text has more rows that always pass
 
 
 @pytest.mark.parametrize("how", list(BROKEN))
@@ -59,7 +59,7 @@ def test_wrong_rows_do_not(smollm2, text, monkeypatch, how):
     ids, reference = text
     original = run_module.select_rows
     monkeypatch.setattr(run_module, "select_rows", lambda importance, *rest: original(BROKEN[how](importance), *rest))
-    with SparseFFN(model, "smollm2-135m-kl0.006"):
+    with SparseFFN(model, "smollm2-135m-kl0.008"):
         assert divergence(following(model, ids), reference) > BOUND
 
 

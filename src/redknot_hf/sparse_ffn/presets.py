@@ -1,7 +1,7 @@
 """Schedules whose cost in quality was measured, named by model and by what was measured.
 
 The number in a name is the measured KL on text, rounded up to the next thousandth. A preset holds for its model alone.
-``benchmarks/sparse_ffn/frontier.py`` measures; nothing here is a guess.
+``benchmarks/sparse_ffn/fit.py`` chose and measured; nothing here is a guess.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ class Preset:
 
 
 _SMOLLM2 = "SmolLM2-135M-Instruct"
-_FIRST = (
-    "2048 tokens of WikiText-2 and Wikipedia, the 128 that follow, n=3, standard error {}; float32 on a CPU, "
-    "transformers 5.23, 2026-11-24"
+_HOW = (
+    "2048 tokens of WikiText-2 and Wikipedia, the 128 that follow, n={}, standard error {}; other texts chose the shares; "
+    "float32 on an {}, torch 2.11, transformers 5.17, 2026-11-24"
 )
 
 
-def _preset(name: str, kl_text: float, ffn_rows: float, measured: str, *bands: Band) -> Preset:
+def _preset(name: str, kl_text: float, ffn_rows: float, measured: str, **keeps: float) -> Preset:
+    """``keeps``: layer20=0.6, ...: shares of the layers from 20 on; what is not named keeps what the layer before does."""
+    bands = tuple(Band(int(layer.removeprefix("layer")), keep=keep) for layer, keep in keeps.items())
     return Preset(SparseFFNSchedule(bands=bands, name=name), _SMOLLM2, kl_text, ffn_rows, measured)
 
 
@@ -47,8 +49,18 @@ def _preset(name: str, kl_text: float, ffn_rows: float, measured: str, *bands: B
 PRESETS: dict[str, Preset] = {
     preset.schedule.name: preset
     for preset in (
-        _preset("smollm2-135m-kl0.003", 0.0024, 0.857, _FIRST.format(0.0009), Band(20, keep=0.6), Band(29, keep=0.0)),
-        _preset("smollm2-135m-kl0.006", 0.0057, 0.764, _FIRST.format(0.0016), Band(20, keep=0.31), Band(29, keep=0.0)),
+        _preset(
+            "smollm2-135m-kl0.003", 0.0023, 0.854, _HOW.format(40, 0.0004, "H200"),
+            layer21=0.6, layer22=0.8, layer24=0.4, layer25=0.6, layer27=0.4, layer28=0.2, layer29=0.0,
+        ),
+        _preset(
+            "smollm2-135m-kl0.008", 0.0071, 0.782, _HOW.format(17, 0.0013, "H100"),
+            layer20=0.6, layer21=0.4, layer22=0.6, layer24=0.0, layer25=0.4, layer26=0.0, layer27=0.4, layer28=0.0,
+        ),
+        _preset(
+            "smollm2-135m-kl0.011", 0.0108, 0.766, _HOW.format(40, 0.0013, "H200"),
+            layer20=0.6, layer21=0.4, layer22=0.6, layer24=0.0, layer27=0.2, layer28=0.0,
+        ),
     )
-}
+}  # fmt: skip
 """Presets by name."""

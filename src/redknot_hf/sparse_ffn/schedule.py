@@ -150,7 +150,7 @@ class SparseFFNSchedule:
 
     @classmethod
     def preset(cls, name: str) -> SparseFFNSchedule:
-        """A measured schedule by name, e.g. ``"smollm2-135m-kl0.006"``: model, then measured KL on text.
+        """A measured schedule by name, e.g. ``"smollm2-135m-kl0.008"``: model, then measured KL on text.
 
         Raises:
             RedKnotError: there is no such preset; the message lists them.
