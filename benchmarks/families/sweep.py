@@ -214,7 +214,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="model types; default: all, and write the result")
     parser.add_argument("--render", metavar="FILE", help="write docs/families.md from a result file")
-    parser.add_argument("--way", metavar="NAME", help="run one way to generate and add it to this version's result file")
+    parser.add_argument(
+        "--way", metavar="NAME", help="run one way to generate and add it to this version's result file"
+    )
     options = parser.parse_args()
     sys.path[:0] = [str(ROOT / "tests" / "core"), str(ROOT / "tests" / "families")]
     page = ROOT / "docs" / "families.md"
