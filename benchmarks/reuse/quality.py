@@ -106,9 +106,9 @@ def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]
         Variant("ours", Blend()),
         Variant("full", ratios=(1.0,)),
     ]
-    for text in args.blend or []:  # boundary:layer:attention:deviation
-        b, l, a, d = text.split(":")
-        known.append(Variant(f"blend {text}", Blend(int(b), int(l), float(a), float(d))))
+    for text in args.blend or []:  # boundary:layer:attention:deviation[:share]
+        b, l, a, d, *share = text.split(":")
+        known.append(Variant(f"blend {text}", Blend(int(b), int(l), float(a), float(d), *map(float, share))))
     if args.variants:
         names = [variant.name for variant in known]
         unknown = set(args.variants) - set(names)
@@ -307,7 +307,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.15, 0.3])
     parser.add_argument("--variants", nargs="+", help="only these")
-    parser.add_argument("--blend", nargs="+", metavar="B:L:A:D", help="more: boundary:layer:attention:deviation")
+    parser.add_argument(
+        "--blend", nargs="+", metavar="B:L:A:D[:S]", help="more: boundary:layer:attention:deviation:share"
+    )
     parser.add_argument("--profile", help="head map of the head-wise variants; default: shipped, else spread")
     parser.add_argument(
         "--generate", nargs="*", default=["boundary", "ours"], help="variants that answer on their own, too"
