@@ -7,9 +7,9 @@ unit, met) and a plot where there is matplotlib. `--only` also gives the order. 
 are kept, so parts can be run one at a time, and `--resume` goes on with what a run that was cut off left.
 
 Every timed kernel is checked against float32 in the same run; a wrong result ends the run with an error. Times are what
-`harness` says: microseconds per layer, CUDA graph, cold KV; prefill's methods take turns. A peer that fails is reported
-with its reason and left out. `--tiny` tries the script itself out on small shapes, on the CPU in triton's interpreter or
-by the torch path.
+`harness` says: microseconds per layer, CUDA graph, cold KV; prefill's methods take turns of a few replays. A peer that
+fails is reported with its reason and left out. `--tiny` tries the script itself out on small shapes, on the CPU in
+triton's interpreter or by the torch path.
 """
 
 from __future__ import annotations

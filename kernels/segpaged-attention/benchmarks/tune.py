@@ -60,16 +60,10 @@ def decode_variants(case: Decode, shape: Shape) -> list:
     base = decode_kernel.choose_config(
         DEVICE, shape.dtype, shape.head_dim, shape.head_dim, shape.page_size, 1, shape.group, 1
     )
-    found = [base]
-    for early, ahead, overheads in (
-        (False, 0, (2, 3)),
-        (True, 0, (2, 3)),
-        (False, 2, (1, 2)),
-        (True, 1, (1, 2)),
-        (True, 2, (1, 2)),
-    ):
-        found += [replace(base, early=early, ahead=ahead, overhead=value) for value in overheads]
-    found.append(replace(base, early=True, ahead=4, overhead=1))
+    one = {"overhead": (0, 1, 2, 3), "early": (True, False), "pdl": (False,), "tma": (False,), "stages": (2,)}
+    found = [base, *(replace(base, **{name: value}) for name, values in one.items() for value in values)]
+    found.append(replace(base, stages=2, programs=base.programs * 3 // 2))
+    found.append(replace(base, stages=2 * base.stages, programs=base.programs // 2))
     return list(dict.fromkeys(found))
 
 
@@ -77,13 +71,9 @@ def prefill_variants(case: Prefill, shape: Shape) -> list:
     big = case.window == KEEP_ALL
     args = (DEVICE, shape.dtype, shape.head_dim, shape.head_dim, shape.page_size, case.columns)
     base = prefill_kernel.choose_config(*args, big)
-    found = [base, replace(base, causal=False)] if big else [base]
-    tiles = [(128, 128, 8, 3, None), (128, 64, 8, 2, 128)]
-    if not big:
-        tiles = [(64, 64, 4, 3, None), (64, 32, 4, 3, None), (128, 64, 8, 2, 128)]
-    for m, n, warps, stages, registers in tiles:
-        one = replace(base, block_m=m, block_n=n, past_n=min(n, 64), warps=warps, stages=stages)
-        found += [replace(one, max_registers=registers, lazy=lazy) for lazy in ((False, True) if big else (False,))]
+    found = [base]
+    for m, n, warps, stages in ((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3)):
+        found.append(replace(base, block_m=m, block_n=n, past_n=min(n, 64), warps=warps, stages=stages))
     return list(dict.fromkeys(found))
 
 

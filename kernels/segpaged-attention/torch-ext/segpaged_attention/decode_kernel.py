@@ -38,50 +38,18 @@ from .tiles import (
     strides,
 )
 
-CHUNKS = tl.constexpr(32)  # requests per block of K or V that is asked for ahead
-
-
-@triton.jit
-def _first_pages(
-    p_table, table_stride_b, table_stride_h, item, m_item,
-    KV_HEADS: tl.constexpr, FOLD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
-    MAX_PAGES,
-):  # fmt: skip
-    """[AHEAD]: the pages of an item's first blocks."""
-    p_row = p_table + (item // KV_HEADS).to(tl.int64) * table_stride_b + item % KV_HEADS // FOLD * table_stride_h
-    o_page = tl.arange(0, AHEAD) * BLOCK_N // PAGE
-    return tl.load(p_row + o_page, mask=m_item & (o_page < MAX_PAGES), other=0)
-
-
-@triton.jit
-def _ask_for(p_pages, b_page, count, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr):
-    """Asks for an item's first `count` blocks to come into L2; changes nothing that a program can see."""
-    PART: tl.constexpr = BLOCK_N * D // CHUNKS
-    BYTES: tl.constexpr = PART * p_pages.dtype.element_ty.primitive_bitwidth // 8
-    o_a = tl.arange(0, AHEAD)
-    o_row = b_page.to(tl.int64) * PAGE + o_a * BLOCK_N % PAGE
-    # [AHEAD, CHUNKS]
-    p_part = p_pages + o_row[:, None] * D + (tl.arange(0, CHUNKS) * PART)[None, :]
-    m_part = ((o_a < count)[:, None] & (tl.arange(0, CHUNKS) >= 0)[None, :]).to(tl.int32)
-    size = tl.full(m_part.shape, BYTES, tl.int32)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred %asked; setp.ne.s32 %asked, $2, 0; @%asked cp.async.bulk.prefetch.L2.global [$1], $3; "
-        "mov.u32 $0, 0; }",
-        "=r,l,r,r", [p_part, m_part, size], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
 
 @triton.jit
 def _attend_part(
     p_q, p_k_pages, p_v_pages, p_table, p_window, p_aux, p_out, p_acc, p_max, p_sum,
     q_stride_b, q_stride_h, q_stride_r, table_stride_b, table_stride_h, scale, softcap, model_window,
-    item, seq_len, sink, ring, block, block_end, partial, alone, p_k_memory, p_v_memory, b_next, count,
+    item, seq_len, sink, ring, block, block_end, partial, alone,
     KV_HEADS: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr, CAP: tl.constexpr, AUX: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Blocks [block, block_end) of one item; `alone`: they are all it has. `b_next`: pages of the item after it."""
+    """Blocks [block, block_end) of one item; `alone`: they are all it has."""
     i_b = (item // KV_HEADS).to(tl.int64)
     i_h = item % KV_HEADS
     i_kv = i_h // FOLD
@@ -107,9 +75,6 @@ def _attend_part(
         q_pos = seq_len - ROWS + i_r
     p_row = p_table + i_b * table_stride_b + i_kv * table_stride_h
     page = load_pages(p_row, block * BLOCK_N, o_n, n, PAGE, BLOCK_N)
-    if AHEAD > 0:  # after this item's own first loads have been sent off
-        _ask_for(p_k_memory, b_next, count, D, PAGE, BLOCK_N, AHEAD)
-        _ask_for(p_v_memory, b_next, count, DV, PAGE, BLOCK_N, AHEAD)
     for i_n in tl.range(block, block_end, num_stages=STAGES):
         token = i_n * BLOCK_N
         # [BLOCK_N, BD], [BLOCK_N, BDV]
@@ -151,70 +116,40 @@ def _attend_part(
 @triton.jit(do_not_specialize=["table_stride_b", "table_stride_h", "model_window", "num_items", "max_pages"])
 def _decode_kernel(
     p_q, p_k_pages, p_v_pages, p_table, p_seq_lens, p_sink, p_window, p_ring, p_aux, p_out, p_acc, p_max, p_sum,
-    p_k_memory, p_v_memory, q_stride_b, q_stride_h, q_stride_r, table_stride_b, table_stride_h, scale, softcap,
-    model_window, num_items, max_pages,
+    q_stride_b, q_stride_h, q_stride_r, table_stride_b, table_stride_h, scale, softcap, model_window, num_items, max_pages,
     KV_HEADS: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     ITEMS: tl.constexpr, EXACT: tl.constexpr, CAP: tl.constexpr, AUX: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, OVERHEAD: tl.constexpr, AHEAD: tl.constexpr,
-    EARLY: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, OVERHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     i_p = tl.program_id(0)
     if EARLY:
         # While the kernel before ends, plan by the lengths as they are. If they change until then, plan again.
         b_guess = units_of(
-            p_seq_lens,
-            p_sink,
-            p_ring,
-            model_window,
-            num_items,
-            KV_HEADS,
-            FOLD,
-            ROWS,
-            BLOCK_N,
-            ITEMS,
-            EXACT,
-            OVERHEAD,
-            True,
-        )
+            p_seq_lens, p_sink, p_ring, model_window, num_items, KV_HEADS, FOLD, ROWS, BLOCK_N, ITEMS,
+            EXACT, OVERHEAD, True,
+        )  # fmt: skip
         total, programs, unit, stop, item, end = plan(b_guess, i_p, ITEMS)
         # the page table's line comes into L2; what it says is read again
         blocks = tl.sum(tl.where(tl.arange(0, ITEMS) == item, b_guess, 0), 0) - OVERHEAD
         o_page = tl.maximum(unit - end + blocks, 0) * BLOCK_N // PAGE
         i_row = tl.minimum(item, num_items - 1)
         p_row = p_table + (i_row // KV_HEADS).to(tl.int64) * table_stride_b + i_row % KV_HEADS // FOLD * table_stride_h
-        tl.load(p_row + tl.maximum(tl.minimum(o_page, max_pages - 1), 0), volatile=True)
+        tl.load(p_row + tl.maximum(tl.minimum(o_page, max_pages - 1), 0), mask=max_pages > 0, volatile=True)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()  # not before: the combining kernel reads lengths before it waits
     # [ITEMS]
     b_units = units_of(
-        p_seq_lens,
-        p_sink,
-        p_ring,
-        model_window,
-        num_items,
-        KV_HEADS,
-        FOLD,
-        ROWS,
-        BLOCK_N,
-        ITEMS,
-        EXACT,
-        OVERHEAD,
-        False,
-    )
+        p_seq_lens, p_sink, p_ring, model_window, num_items, KV_HEADS, FOLD, ROWS, BLOCK_N, ITEMS,
+        EXACT, OVERHEAD, False,
+    )  # fmt: skip
     if EARLY:
         if tl.sum((b_units != b_guess).to(tl.int32), 0) > 0:
             total, programs, unit, stop, item, end = plan(b_units, i_p, ITEMS)
     else:
         total, programs, unit, stop, item, end = plan(b_units, i_p, ITEMS)
     seq_len, sink, ring = item_facts(p_seq_lens, p_sink, p_ring, item, item < num_items, KV_HEADS, FOLD, False)
-    b_page = 0
-    if AHEAD > 0:
-        b_page = _first_pages(
-            p_table, table_stride_b, table_stride_h, item + 1, item + 1 < num_items, KV_HEADS, FOLD, PAGE, BLOCK_N,
-            AHEAD, max_pages,
-        )  # fmt: skip
     while unit < stop:
         first, blocks = blocks_of(seq_len, sink, ring, model_window, ROWS, BLOCK_N, EXACT)
         begin = end - blocks  # of the item's blocks, after its OVERHEAD units
@@ -225,22 +160,13 @@ def _decode_kernel(
         next_len, next_sink, next_ring = item_facts(
             p_seq_lens, p_sink, p_ring, item + 1, item + 1 < num_items, KV_HEADS, FOLD, False
         )
-        b_next, count = b_page, 0
-        if AHEAD > 0:
-            _first, count = blocks_of(next_len, next_sink, next_ring, model_window, ROWS, BLOCK_N, EXACT)
-            count = tl.minimum(count, stop - end - OVERHEAD)
-            b_page = _first_pages(
-                p_table, table_stride_b, table_stride_h, item + 2, item + 2 < num_items, KV_HEADS, FOLD, PAGE, BLOCK_N,
-                AHEAD, max_pages,
-            )  # fmt: skip
         if block_end > block:
             alone = program_of(begin, total, programs) == program_of(end - 1, total, programs)
             _attend_part(
                 p_q, p_k_pages, p_v_pages, p_table, p_window, p_aux, p_out, p_acc, p_max, p_sum, q_stride_b, q_stride_h,
                 q_stride_r, table_stride_b, table_stride_h, scale, softcap, model_window,
-                item, seq_len, sink, ring, block, block_end, i_p + item, alone, p_k_memory, p_v_memory, b_next, count,
+                item, seq_len, sink, ring, block, block_end, i_p + item, alone,
                 KV_HEADS, FOLD, GROUP, ROWS, M, D, DV, BD, BDV, PAGE, BLOCK_N, EXACT, CAP, AUX, TMA, STAGES, PRECISION,
-                AHEAD,
             )  # fmt: skip
         unit = part_end
         item += 1
@@ -261,20 +187,9 @@ def _combine_kernel(
     if PDL:
         gdc_launch_dependents()
     b_units = units_of(
-        p_seq_lens,
-        p_sink,
-        p_ring,
-        model_window,
-        num_items,
-        KV_HEADS,
-        FOLD,
-        ROWS,
-        BLOCK_N,
-        ITEMS,
-        EXACT,
-        OVERHEAD,
-        False,
-    )
+        p_seq_lens, p_sink, p_ring, model_window, num_items, KV_HEADS, FOLD, ROWS, BLOCK_N, ITEMS,
+        EXACT, OVERHEAD, False,
+    )  # fmt: skip
     o_i = tl.arange(0, ITEMS)
     total = tl.sum(b_units, 0)
     programs = programs_for(total, num_programs)
@@ -314,7 +229,11 @@ def _combine_kernel(
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Launch parameters. Best on an H200, head_dim 128, bfloat16: 64 slots, 3 stages, 4 warps, 2 programs per SM."""
+    """Launch parameters. Best on an H200, head_dim 128, bfloat16: 64 slots, 3 stages, 4 warps, 2 programs per SM.
+
+    Tried there without gain: asking L2 for the next item's first blocks, or for the first blocks before the kernel ahead
+    has ended (up to 10 % slower); three programs per SM with 2 stages, one with 6.
+    """
 
     block_n: int
     stages: int
@@ -323,11 +242,8 @@ class DecodeConfig:
     tma: bool
     pdl: bool
     fold: int = 1  # parts of a group, each an item of its own, where one program cannot hold all rows of a group
-    overhead: int = 3  # units that taking up an item costs; on an H200, 0 is 7 to 11 % slower
-    ahead: int = 0  # blocks of the next item that come into L2 while one is computed; a power of two, needs tma
+    overhead: int = 2  # units that taking up an item costs; on an H200, 0 and 1 are 3 to 11 % slower
     early: bool = False  # plan before the kernel ahead has ended; needs pdl
-    block_v: int = 0  # of the combining kernel; 0: by the number of items
-    parts: int = 0
 
 
 def choose_config(
@@ -369,6 +285,7 @@ def _choose(
         programs=per_sm * facts.processors,
         tma=facts.hopper and not plain and page_size >= block_n and in_int32,
         pdl=facts.hopper,
+        early=facts.hopper,
         fold=fold,
     )
 
@@ -411,14 +328,11 @@ def decode(
     # a handful of variants, not one per batch size
     items = next(bound for bound in (32, 256, 2048, 1 << 14, 1 << 17) if num_items <= bound)
     block_v, parts = (32, 256) if num_items <= 32 else (64, 64) if num_items <= 128 else (128, 32)
-    block_v, parts = config.block_v or block_v, config.parts or parts
     block_v = min(block_v, power_of_2(v_dim))
     pool = (page_descriptor(k_pages, config.block_n), page_descriptor(v_pages, config.block_n)) if config.tma else None
     exact = exact_positions or rows > 1 or model_window > 0
     limit = model_window_of(model_window)
     flags = {"EXACT": exact, "AUX": s_aux is not None, "PDL": config.pdl, "OVERHEAD": config.overhead}
-    ahead = config.ahead if config.tma and not exact else 0
-    memory = (k_pages, v_pages) if ahead else (None, None)
     options = {"launch_pdl": True} if config.pdl else {}
     shape = {"KV_HEADS": kv_heads * fold, "FOLD": fold, "GROUP": group, "ROWS": rows}
     launch(
@@ -426,14 +340,14 @@ def decode(
         (config.programs, 1, 1),
         (
             q, *(pool or (k_pages, v_pages)), block_table, seq_lens, sink, window, ring, s_aux, out, acc, maxima, sums,
-            *memory, *strides(q), block_table.stride(0), block_table.stride(1), scale if softcap else scale * LOG2E,
+            *strides(q), block_table.stride(0), block_table.stride(1), scale if softcap else scale * LOG2E,
             softcap, limit, num_items, block_table.shape[2],
         ),
         {
             **shape, "M": max(16, power_of_2(rows * group)), "D": head_dim, "DV": v_dim, "BD": power_of_2(head_dim),
             "BDV": power_of_2(v_dim), "PAGE": page_size, "BLOCK_N": config.block_n, "ITEMS": items, "CAP": softcap != 0,
             "TMA": config.tma, "STAGES": config.stages, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-            "AHEAD": ahead, "EARLY": config.early and config.pdl, **flags,
+            "EARLY": config.early and config.pdl, **flags,
         },
         {"num_warps": config.warps, **options},
     )  # fmt: skip

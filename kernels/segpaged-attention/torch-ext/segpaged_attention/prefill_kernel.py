@@ -52,7 +52,7 @@ def _prefill_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAST_N: tl.constexpr, PAST: tl.constexpr,
     PADDED: tl.constexpr, SPLIT: tl.constexpr, CAP: tl.constexpr, AUX: tl.constexpr, TMA: tl.constexpr,
-    PAST_TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, LAZY: tl.constexpr,
+    PAST_TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     i_p = tl.program_id(0)
     i_s = 0
@@ -152,7 +152,6 @@ def _prefill_kernel(
             BLOCK_N,
             STAGES,
             PRECISION,
-            LAZY,
         )
     else:
         p_k_head = p_k
@@ -265,9 +264,6 @@ class PrefillConfig:
     tma: bool  # for the chunk's K and V
     past_tma: bool  # for pages
     splits: int = 1
-    causal: bool = True
-    lazy: bool = False
-    max_registers: int | None = None  # per thread; 128 lets two programs of 8 warps share a processor
 
 
 def choose_config(
@@ -275,8 +271,10 @@ def choose_config(
 ) -> PrefillConfig:
     """Launch parameters of a head class; `big`: heads that keep everything. Not yet split.
 
-    On an H200 with head_dim 128 in bfloat16, 128 x 128 tiles with 3 stages and 8 warps reach 580 TFLOP/s on global
-    heads (they fill shared memory to 2 KB), and 64 x 64 with 4 warps are best for windows of a few hundred tokens.
+    On an H200 with head_dim 128 in bfloat16, 128 x 128 tiles with 3 stages and 8 warps reach 560 to 580 TFLOP/s on global
+    heads (they fill shared memory to 2 KB), and 64 x 64 with 4 warps are best for windows of a few hundred tokens and no
+    worse than others for 4096. Tried there without gain: 128 x 64 with two programs on a processor, and scaling down what
+    was summed up only when the maximum has grown much (a branch in the loop, 15 % slower).
     """
     facts = device_of(device)
     bd = max(triton.next_power_of_2(head_dim), triton.next_power_of_2(v_dim))
@@ -363,10 +361,9 @@ def prefill(
         if past_tma:
             old = (page_descriptor(k_pages, chosen.past_n), page_descriptor(v_pages, chosen.past_n))
         # heads that keep everything, and nothing else that hides keys: the common case has a loop of its own
-        causal = big and tma and chosen.causal and model_window == 0 and softcap == 0 and q_start is None
+        causal = big and tma and model_window == 0 and softcap == 0 and q_start is None
         tiles = triton.cdiv(columns, chosen.block_m)
         split = chosen.splits > 1
-        launch = {} if chosen.max_registers is None else {"maxnreg": chosen.max_registers}
         scratch = (None, None, None)
         if split:
             partials = triton.cdiv(batch * num_heads * group * chosen.splits * columns, 4) * 4
@@ -380,8 +377,8 @@ def prefill(
             BD=triton.next_power_of_2(head_dim), BDV=triton.next_power_of_2(v_dim), PAGE=page_size,
             BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, PAST_N=chosen.past_n, PAST=past_len > 0, PADDED=q_start is
             not None, SPLIT=split, CAP=softcap != 0, AUX=s_aux is not None, TMA=tma, PAST_TMA=past_tma,
-            STAGES=chosen.stages, CAUSAL=causal, LAZY=chosen.lazy, PRECISION="ieee" if
-            q.dtype == torch.float32 else "tf32", num_warps=chosen.warps, **launch,
+            STAGES=chosen.stages, CAUSAL=causal,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=chosen.warps,
         )  # fmt: skip
         if split:
             block_t = 16

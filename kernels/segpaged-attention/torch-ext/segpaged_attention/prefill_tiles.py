@@ -40,7 +40,7 @@ def attend_block(
 def attend_causal(
     b_q, b_m, b_l, b_acc, p_k, p_v, i_b, i_h, row, end, scale,
     BD: tl.constexpr, BDV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, LAZY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows from `row` on against columns [0, end) of their own chunk, of which only the diagonal hides any.
 
@@ -58,25 +58,12 @@ def attend_causal(
             b_s = tl.where((token + o_n)[None, :] <= o_m[:, None], b_s, HIDDEN)
         # every row sees column 0, so b_m is the score of a visible key from the first block on
         b_top = tl.maximum(b_m, tl.max(b_s, 1) * scale)
-        if LAZY:
-            # What was summed up is only scaled down once some row's scores have grown by 2**8: until then they stay
-            # well inside any dtype. The result is the same, sums and output are divided by the same number.
-            if tl.max(b_top - b_m, 0) > 8.0:
-                b_fade = tl.exp2(b_m - b_top)
-                b_l = b_l * b_fade
-                b_acc = b_acc * b_fade[:, None]
-                b_m = b_top
-            b_p = tl.exp2(b_s * scale - b_m[:, None])
-            b_l += tl.sum(b_p, 1)
-            # [BLOCK_M, BDV]
-            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-        else:
-            b_p = tl.exp2(b_s * scale - b_top[:, None])
-            b_fade = tl.exp2(b_m - b_top)
-            b_l = b_l * b_fade + tl.sum(b_p, 1)
-            # [BLOCK_M, BDV]
-            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_fade[:, None], input_precision=PRECISION)
-            b_m = b_top
+        b_p = tl.exp2(b_s * scale - b_top[:, None])
+        b_fade = tl.exp2(b_m - b_top)
+        b_l = b_l * b_fade + tl.sum(b_p, 1)
+        # [BLOCK_M, BDV]
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_fade[:, None], input_precision=PRECISION)
+        b_m = b_top
     return b_m, b_l, b_acc
 
 
