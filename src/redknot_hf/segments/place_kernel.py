@@ -78,12 +78,13 @@ class PlacedSegments:
         rotary = 0 if cos is None else 2 * cos.shape[1]
         # bytes that every row of every tensor starts at a multiple of
         aligned = math.gcd(16, *(n * k_out.element_size() for n in (dim, v_dim, rotary // 2 or dim)), self._aligned)
-        place_kernel[(self._tiles.shape[0], heads)](
-            self._tiles, cos, sin, k_out, v_out, layer, k_out.stride(0), k_out.stride(1), v_out.stride(0),
-            v_out.stride(1), HEADS=heads, D=dim, DV=v_dim, BD=_power_of_two(dim), BDV=_power_of_two(v_dim),
-            BR=_power_of_two(max(rotary // 2, 1)), ROTARY=rotary, INTERLEAVED=interleaved, BLOCK=BLOCK, ALIGN=aligned,
-            num_warps=4,
-        )  # fmt: skip
+        with torch.cuda.device_of(k_out):  # triton launches on the current device; a model may lie on another one
+            place_kernel[(self._tiles.shape[0], heads)](
+                self._tiles, cos, sin, k_out, v_out, layer, k_out.stride(0), k_out.stride(1), v_out.stride(0),
+                v_out.stride(1), HEADS=heads, D=dim, DV=v_dim, BD=_power_of_two(dim), BDV=_power_of_two(v_dim),
+                BR=_power_of_two(max(rotary // 2, 1)), ROTARY=rotary, INTERLEAVED=interleaved, BLOCK=BLOCK,
+                ALIGN=aligned, num_warps=4,
+            )  # fmt: skip
 
 
 def _power_of_two(n: int) -> int:
