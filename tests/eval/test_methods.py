@@ -38,6 +38,18 @@ def test_uniform_windows_store_as_much_and_no_window_shorter_does(profile, confi
         assert stored(HeadProfile.uniform(config, sink, window - 1), tokens) < goal
 
 
+@pytest.mark.parametrize("tokens", [1024, 2048, 4096])
+@pytest.mark.parametrize("sink", [0, 4])
+def test_uniform_windows_pay_for_as_many_pages_and_fill_them(profile, config, tokens, sink):
+    """64-token pages: the profile's windows leave slots empty, which the baselines must not be charged less for."""
+    found = matched_uniform(config, profile, tokens, sink, 64)
+    (window,) = {w for row in found.window for w in row}
+    ours, theirs = (p.kv_bytes(tokens, page_size=64, head_dim=64) for p in (profile, found))
+    assert (sink + window) % 64 == 0 and theirs >= ours
+    assert HeadProfile.uniform(config, sink, window - 64).kv_bytes(tokens, page_size=64, head_dim=64) < ours
+    assert stored(found, tokens) * 2 * 64 * 2 == theirs, "no empty slots"
+
+
 def test_random_maps_deal_the_same_heads_to_other_places(profile):
     def cells(p):
         return [

@@ -10,8 +10,8 @@ which tokens each head keeps:
     random-K   the profile's classes, sinks and windows dealt to the heads at random (draw K)
     blind      no context at all: what the model answers from the question alone
 
-Windows of "window" and "streaming" are the shortest that store at least as many tokens as the profile does at the
-context length, so a method never loses for lack of bytes. This module knows no tasks.
+Windows of "window" and "streaming" are the shortest that take at least as many pages as the profile does at the context
+length, and fill them, so a method never loses for lack of bytes. This module knows no tasks.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def build_methods(
         elif name == "ours":
             found.append(paged(name, profile))
         elif name == "window":
-            found.append(paged(name, matched_uniform(config, profile, tokens, sink=0)))
+            found.append(paged(name, matched_uniform(config, profile, tokens, 0, page_size)))
         elif name == "streaming":
-            found.append(paged(name, matched_uniform(config, profile, tokens, sink=4)))
+            found.append(paged(name, matched_uniform(config, profile, tokens, 4, page_size)))
         elif name == "random":
             found += [
                 paged(f"random-{draw}", shuffled(profile, f"{seed}-{draw}")) for draw in range(1, random_maps + 1)
@@ -109,17 +109,20 @@ def build_methods(
     return found
 
 
-def matched_uniform(config: Any, profile: HeadProfile, tokens: int, sink: int) -> HeadProfile:
-    """All heads local with one window, the shortest that stores at least what ``profile`` stores after ``tokens``."""
-    goal = _stored(profile, tokens)
-    low, high = 1, max(1, tokens)
+def matched_uniform(config: Any, profile: HeadProfile, tokens: int, sink: int, page_size: int = 1) -> HeadProfile:
+    """All heads local with one window, the shortest that takes at least the pages of ``profile`` after ``tokens``.
+
+    Sink and window fill whole pages: what a page holds anyway costs this method nothing.
+    """
+    goal = _pages(profile, tokens, page_size)
+    low, high = 1, max(1, -(-tokens // page_size))  # pages per head
     while low < high:
         middle = (low + high) // 2
-        if _stored(HeadProfile.uniform(config, sink, middle), tokens) >= goal:
+        if _pages(HeadProfile.uniform(config, sink, max(1, middle * page_size - sink)), tokens, page_size) >= goal:
             high = middle
         else:
             low = middle + 1
-    return HeadProfile.uniform(config, sink, low)
+    return HeadProfile.uniform(config, sink, max(1, low * page_size - sink))
 
 
 def shuffled(profile: HeadProfile, seed: int | str) -> HeadProfile:
@@ -180,5 +183,6 @@ def fitted(profile: HeadProfile, fits: Callable[[HeadProfile], bool], page_size:
     return at(low)
 
 
-def _stored(profile: HeadProfile, tokens: int) -> int:
-    return sum(map(sum, profile.stored_tokens(tokens)))
+def _pages(profile: HeadProfile, tokens: int, page_size: int) -> int:
+    """Pages of one sequence; with pages of one token, the tokens stored."""
+    return sum(-(-stored // page_size) for row in profile.stored_tokens(tokens) for stored in row)
