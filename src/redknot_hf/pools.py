@@ -125,5 +125,10 @@ class Pools:
         step.reserved.update(wanted)
 
     def _drop_pools(self) -> None:
-        """Give the slabs back of which no page is in use, here or in a fork."""
-        self._pools = {key: pool for key, pool in self._pools.items() if pool.num_free < pool.num_pages - 1}
+        """Let go of pools in which no layer has a page; what a fork uses, the fork holds on to."""
+        used = {id(layer.pages.pool) for layer in self.paged_layers if isinstance(layer.pages, LayerPages)}
+        self._pools = {
+            key: pool for key, pool in self._pools.items() if id(pool) in used and pool.num_free < pool.num_pages - 1
+        }
+        if self.tier is not None:
+            self.tier.drop_pools()

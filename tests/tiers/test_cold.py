@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -344,6 +345,26 @@ def test_freed_with_the_cache(tiny):
     cache.offload()
     cache.reset()
     assert pool.num_free == pool.num_pages - 1
+
+
+def test_memory_goes_back_to_the_allocator(tiny):
+    """Offloading gives the hot slabs back, forgetting the cold ones, too; a fork keeps what it uses."""
+    cache = make(tiny, retrieval_profile(tiny.config), 2, 60, cold="cpu", near_tokens=12)
+    hot = weakref.ref(cache.layers[0].pages.pool)
+    cold = weakref.ref(cache.layers[0].pages.archive.pool)
+    fork, twin = cache.fork(), cache.fork()
+    expected = steps(tiny, twin, 3)
+    del twin
+    cache.offload()
+    assert hot() is not None  # the fork's
+    del fork
+    assert hot() is None and cold() is not None
+    assert torch.equal(steps(tiny, cache, 3), expected)
+    again = weakref.ref(cache.layers[0].pages.pool)
+    cache.reset()
+    assert again() is None and cold() is None
+    feed(tiny, cache, prompt(2, 60))
+    assert torch.equal(steps(tiny, cache, 3), expected)
 
 
 # ------------------------------------------------------------------------------------------------------- faults

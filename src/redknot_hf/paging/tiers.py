@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,9 +124,16 @@ class FarHeads:
     """
 
     def __init__(self, pages: TieredPages, heads: np.ndarray, bounds: PageBounds, pick: int | float | None):
-        self.pages, self.heads, self.bounds, self.pick = pages, heads, bounds, pick
+        self._pages = weakref.ref(pages)  # a cycle would hold on to the pool until it is collected
+        self.heads, self.bounds, self.pick = heads, bounds, pick
         self.fetched = 0  # pages read from the archive so far
         self.nearby: list[_Nearby] = []  # of each row, what the latest step read
+
+    @property
+    def pages(self) -> TieredPages:
+        pages = self._pages()
+        assert pages is not None, "the page table of these heads is gone"
+        return pages
 
     def rows_of_archive(self) -> np.ndarray:
         return np.searchsorted(self.pages.archived, self.heads)
@@ -583,7 +591,7 @@ class ColdTier:
         if type(near) is not int or near < 1:
             raise CacheError(f"near_tokens={near!r}: expected a number of tokens, 1 or more")
         self.kind, self.pick, self.near = kind, pick, near
-        self._pools: dict[int, tuple[PagePool, PagePool, PageBounds]] = {}
+        self._pools: dict[tuple[Any, ...], tuple[PagePool, PageBounds]] = {}
 
     def pages(
         self,
@@ -604,10 +612,15 @@ class ColdTier:
         )
 
     def _pool_behind(self, pool: PagePool) -> tuple[PagePool, PageBounds]:
-        if id(pool) not in self._pools:
-            key_dim, value_dim, dtype, device = pool.k.shape[2], pool.v.shape[2], pool.k.dtype, pool.k.device
+        """One cold pool for all hot ones of a kind. Hot pools come and go; nothing here holds on to them."""
+        key_dim, value_dim, dtype, device = pool.k.shape[2], pool.v.shape[2], pool.k.dtype, pool.k.device
+        key = (pool.page_size, key_dim, value_dim, dtype, device)
+        if key not in self._pools:
             arguments = (pool.page_size, key_dim, value_dim, dtype, torch.device("cpu"))
             cold = FilePool(*arguments) if self.kind == "disk" else HostPool(*arguments, pinned=device.type == "cuda")
-            # the hot pool is kept with them: its id stays its own
-            self._pools[id(pool)] = (pool, cold, PageBounds(key_dim, dtype, device))
-        return self._pools[id(pool)][1:]
+            self._pools[key] = (cold, PageBounds(key_dim, dtype, device))
+        return self._pools[key]
+
+    def drop_pools(self) -> None:
+        """Give the cold slabs back of which no page is in use, here or in a fork."""
+        self._pools = {key: held for key, held in self._pools.items() if held[0].num_free < held[0].num_pages - 1}

@@ -290,4 +290,4 @@ def _wake(sleepers: list[SleepingPages]) -> None:
         install(sleeper.layer, pages)
     for sleeper in sleepers:
         sleeper.let_go()
-        sleeper.group = [sleeper]
+        sleeper.group = []  # not even itself: the cycle would hold on to the pages until it is collected
