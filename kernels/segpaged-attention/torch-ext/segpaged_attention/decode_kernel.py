@@ -66,8 +66,9 @@ def _attend_part(
     p_q_row = p_q + i_b * q_stride_b + o_head * q_stride_h + i_r * q_stride_r
     b_q = tl.load(p_q_row[None, :] + o_d[:, None], mask=m_m[None, :] & (o_d < D)[:, None], other=0.0)
     b_m = tl.full([M], HIDDEN, tl.float32)
-    # Sums over warps wait for each other, so rows are summed up once at the end.
-    b_sums = tl.zeros([BLOCK_N, M], tl.float32)
+    # Sums over warps wait for each other, so rows are summed up once at the end where registers are left for that.
+    SUM_LATE: tl.constexpr = M * BDV <= 2048
+    b_sums = tl.zeros([BLOCK_N, M] if SUM_LATE else [M], tl.float32)
     b_acc = tl.zeros([BDV, M], tl.float32)
     if EXACT:
         window = tl.load(p_window + i_kv)
@@ -95,11 +96,16 @@ def _attend_part(
         b_top = tl.maximum(b_m, tl.max(b_s, 0))
         b_fade = tl.exp2(b_m - b_top)
         b_p = tl.exp2(b_s - b_top[None, :])
-        b_sums = b_sums * b_fade[None, :] + b_p
+        if SUM_LATE:
+            b_sums = b_sums * b_fade[None, :] + b_p
+        else:
+            b_sums = b_sums * b_fade + tl.sum(b_p, 0)
         b_m = b_top
         # [BDV, M]
         b_acc = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), b_acc * b_fade[None, :], input_precision=PRECISION)
-    b_l = tl.sum(b_sums, 0)
+    b_l = b_sums
+    if SUM_LATE:
+        b_l = tl.sum(b_sums, 0)
     if alone:
         b_f = output_factor(b_m, b_l, p_aux, o_head, m_m, AUX)
         o_out = ((i_b * ROWS + i_r) * (KV_HEADS * GROUP) + o_head) * DV
