@@ -100,7 +100,14 @@ def reuse_bars(result: Any) -> Iterator[dict[str, Any]]:
     if result:
         command = result.get("command", command)
     for name, key, target in (("memory tier", "memory", 4), ("local files", "file", 3)):
-        yield bar(f"time to first token with reuse, 8B, 32K, default selector, {name}", found.get(key), target, "x", command, False)
+        yield bar(
+            f"time to first token with reuse, 8B, 32K, default selector, {name}",
+            found.get(key),
+            target,
+            "x",
+            command,
+            False,
+        )
 
 
 def profile_bars(result: Any) -> Iterator[dict[str, Any]]:
