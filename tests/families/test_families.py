@@ -39,7 +39,7 @@ SUPPORTED = [
     "smollm3",  # layers without RoPE
 ]
 EXACT_ONLY = {
-    "falcon": "attn_implementation='sdpa', which sees every token",  # transformers cannot change its attention
+    "falcon": "transformers cannot change this family's attention",
     "falcon_h1": "LinearAttentionAndFullAttentionLayer",
     "deepseek_v4": "a RedKnotCache does not serve",
 }
