@@ -179,7 +179,6 @@ class RedKnotCache(Forwards, Cache):
             for layer in self.layers
         ]
 
-    # ------------------------------------------------------------------------------------------- the static form
     # ------------------------------------------------------------------------------- transformers' Cache contract
     @property
     def is_initialized(self) -> bool:

@@ -121,11 +121,11 @@ _COLOURS = {
 }  # fmt: skip
 
 
-def plot(entries: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
-    """One panel per task, bars per method, grouped by context length; perplexity is shown as KL where there is one.
+def pyplot_for(feature: str) -> Any:
+    """matplotlib's pyplot, drawing into files.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed; ``feature`` is what needs it.
     """
     try:
         import matplotlib
@@ -133,7 +133,17 @@ def plot(entries: Sequence[dict[str, Any]], path: str | Path, title: str = "") -
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise MissingExtraError("the plot of an evaluation", "matplotlib", "eval") from error
+        raise MissingExtraError(feature, "matplotlib", "eval") from error
+    return pyplot
+
+
+def plot(entries: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
+    """One panel per task, bars per method, grouped by context length; perplexity is shown as KL where there is one.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    pyplot = pyplot_for("the plot of an evaluation")
     tasks = list(dict.fromkeys(entry["task"] for entry in entries))
     contexts = sorted({entry["context"] for entry in entries})
     methods = [m for m in _COLOURS if any(entry["method"] == m for entry in entries)]

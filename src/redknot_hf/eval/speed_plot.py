@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError
+from .report import pyplot_for
 from .speed import CacheTable
 
 __all__ = ["plot"]
@@ -17,13 +17,7 @@ def plot(table: CacheTable, path: str | Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MissingExtraError("the plot of a benchmark", "matplotlib", "eval") from error
+    pyplot = pyplot_for("the plot of a benchmark")
     rows = [row for row in table.rows if row.first_token_s is not None]
     names = [row.name for row in rows]
     panels: tuple[tuple[str, list[Any], str], ...] = (

@@ -19,18 +19,13 @@ import torch
 from ..attention import HANDLE
 from ..masks import RedKnotMask
 from ..paging.pages import KEEP_ALL
+from ..paging.pool import upload
 from ..segments.rows import RowSet, attention_weights
 
-__all__ = ["Geometry", "attention_call_mass", "last_rows", "received_mass", "splice_call_mass", "upload"]
+__all__ = ["Geometry", "attention_call_mass", "last_rows", "received_mass", "splice_call_mass"]
 
 SCORES = 1 << 26  # elements of one fp32 score matrix
 LOWEST = torch.finfo(torch.float32).min  # not -inf: a query that sees nothing must not become NaN
-
-
-def upload(x: np.ndarray, device: torch.device) -> torch.Tensor:
-    """An array on the device, without waiting for what the device is doing."""
-    host = torch.from_numpy(np.ascontiguousarray(x))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 class Geometry:

@@ -39,9 +39,9 @@ _HOW = (
 )
 
 
-def _preset(name: str, kl_text: float, ffn_rows: float, measured: str, **keeps: float) -> Preset:
-    """``keeps``: layer20=0.6, ...: shares of the layers from 20 on; what is not named keeps what the layer before does."""
-    bands = tuple(Band(int(layer.removeprefix("layer")), keep=keep) for layer, keep in keeps.items())
+def _preset(name: str, kl_text: float, ffn_rows: float, measured: str, keeps: dict[int, float]) -> Preset:
+    """``keeps``: layer -> share of its rows; a layer that is not named keeps what the one before it does."""
+    bands = tuple(Band(layer, keep=keep) for layer, keep in keeps.items())
     return Preset(SparseFFNSchedule(bands=bands, name=name), _SMOLLM2, kl_text, ffn_rows, measured)
 
 
@@ -51,15 +51,15 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         _preset(
             "smollm2-135m-kl0.003", 0.0023, 0.854, _HOW.format(40, 0.0004, "H200"),
-            layer21=0.6, layer22=0.8, layer24=0.4, layer25=0.6, layer27=0.4, layer28=0.2, layer29=0.0,
+            {21: 0.6, 22: 0.8, 24: 0.4, 25: 0.6, 27: 0.4, 28: 0.2, 29: 0.0},
         ),
         _preset(
             "smollm2-135m-kl0.008", 0.0071, 0.782, _HOW.format(17, 0.0013, "H100"),
-            layer20=0.6, layer21=0.4, layer22=0.6, layer24=0.0, layer25=0.4, layer26=0.0, layer27=0.4, layer28=0.0,
+            {20: 0.6, 21: 0.4, 22: 0.6, 24: 0.0, 25: 0.4, 26: 0.0, 27: 0.4, 28: 0.0},
         ),
         _preset(
             "smollm2-135m-kl0.011", 0.0108, 0.766, _HOW.format(40, 0.0013, "H200"),
-            layer20=0.6, layer21=0.4, layer22=0.6, layer24=0.0, layer27=0.2, layer28=0.0,
+            {20: 0.6, 21: 0.4, 22: 0.6, 24: 0.0, 27: 0.2, 28: 0.0},
         ),
     )
 }  # fmt: skip

@@ -15,9 +15,10 @@ import torch
 
 from .. import compat
 from ..masks import RedKnotMask
+from ..paging.pool import upload
 from ..segments.rows import RowSet
 from ..segments.splice import Observer, SpliceCache, SpliceLayer
-from .importance import Geometry, attention_call_mass, splice_call_mass, upload
+from .importance import Geometry, attention_call_mass, splice_call_mass
 from .schedule import Band, SparseFFNSchedule
 from .selection import select_rows
 from .structure import first_of, gathered_rows
