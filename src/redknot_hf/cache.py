@@ -115,6 +115,8 @@ class RedKnotCache(Forwards, Cache):
         self._pools: dict[tuple[int, torch.device, torch.dtype, int, int], PagePool] = {}
 
         template = DynamicCache(config=self.config).layers
+        if self.profile is not None:  # a config cut to fewer layers still lists the types of all
+            template = template[: self.profile.num_layers]
         if not template:
             raise UnsupportedModel(f"{type(self.config).__name__} has no layers that keep keys and values")
         self.defers = compat.shares_kv(self.config, template)
