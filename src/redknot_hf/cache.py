@@ -55,6 +55,10 @@ class RedKnotCache(Forwards, Cache):
             whose keys could score highest; a float in (0, 1]: enough for this share of the attention, by the same
             bounds. Approximate unless None or 1.0.
         near_tokens: recent tokens that retrieval heads keep on the device.
+        resident_pages: far pages that each retrieval head keeps on the device beside them, when it reads some and not
+            all: those it read last, and those that came close and are fetched ahead of the step that may ask for them.
+            None: twice as many as it picks. 0: those of its latest step, nothing is fetched ahead. Changes the speed of
+            a step, never its result.
         kv_dtype: keep what is stored in one byte per channel: ``"fp8"`` (``torch.float8_e4m3fn``) or ``"int8"``, with
             one scale per page for keys and one for values. Approximate. Tokens are quantised when another eighth of the
             context has come, or at once by `freeze`; until then they are in the model's dtype. None: never.
@@ -82,6 +86,7 @@ class RedKnotCache(Forwards, Cache):
         cold: str = "drop",
         retrieve: int | float | None = None,
         near_tokens: int = NEAR_TOKENS,
+        resident_pages: int | None = None,
         kv_dtype: torch.dtype | str | None = None,
     ):
         check_options(prefill, page_size, rollback, max_cache_len)
@@ -102,7 +107,7 @@ class RedKnotCache(Forwards, Cache):
         self.limit = max_cache_len
         self.tp_rank, self.tp_size = tp_rank, tp_size
         self.cold = cold
-        self.tier = None if cold == "drop" else ColdTier(cold, retrieve, near_tokens)
+        self.tier = None if cold == "drop" else ColdTier(cold, retrieve, near_tokens, resident_pages)
         if self.tier is not None and max_cache_len is not None:
             raise RedKnotError(f"cold={cold!r} with max_cache_len: the static form has no cold tier; use one of them")
         self.kv_dtype = kv_dtype_of(kv_dtype)

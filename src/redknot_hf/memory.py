@@ -10,6 +10,8 @@ import numpy as np
 from .layer import RedKnotLayer
 from .paging.frozen import FrozenPages
 from .paging.pool import PagePool
+from .paging.resident import FetchCounts
+from .paging.retrieval import FarHeads
 
 if TYPE_CHECKING:
     from .cache import RedKnotCache
@@ -24,10 +26,12 @@ class MemoryReport:
         live: pages that this cache holds, each counted once, plus its page tables.
         ideal: the stored tokens alone, without page rounding.
         dense: what `DynamicCache` would hold for the same tokens: every column of every head.
-        tables: the page tables alone.
+        tables: the page tables alone, and the bounds by which retrieval heads pick pages.
         live_per_head, ideal_per_head: ``[layers][kv_heads]``, summed over the batch, without tables. Layers that are
             not served from pages have empty rows. Pages shared by rows count for each of them here.
         hot, cold: the live bytes on the compute device, and on host or disk.
+        resident: of the hot ones, copies of cold pages that retrieval heads keep on the device.
+        far: what retrieval heads asked for, found on the device, fetched late and ahead; None without such heads.
     """
 
     allocated: int
@@ -39,12 +43,17 @@ class MemoryReport:
     ideal_per_head: list[list[int]] = field(repr=False)
     hot: int = 0
     cold: int = 0
+    resident: int = 0
+    far: FetchCounts | None = None
 
     def __str__(self) -> str:
         share = f" ({self.live / self.dense:.1%} of dense)" if self.dense else ""
-        return (
+        text = (
             f"live {self.live:,} bytes{share}, ideal {self.ideal:,}, allocated {self.allocated:,}, dense {self.dense:,}"
         )
+        if self.cold:
+            text += f"; hot {self.hot:,}, cold {self.cold:,}"
+        return text if self.far is None else f"{text}; {self.far}, {self.resident:,} bytes kept for them"
 
 
 def report_on(cache: RedKnotCache) -> MemoryReport:
@@ -57,7 +66,8 @@ def report_on(cache: RedKnotCache) -> MemoryReport:
     tables = dense = cold = 0
     archives: dict[int, tuple[PagePool, list[np.ndarray]]] = {}
     stores: dict[int, Any] = {}
-    nearby = 0
+    bounds: dict[int, int] = {}
+    resident, counted = 0, None
     for layer in cache.layers:
         # Any: a layer that sleeps has something else in the place of its pages
         pages: Any = layer.pages if isinstance(layer, RedKnotLayer) else None
@@ -69,6 +79,11 @@ def report_on(cache: RedKnotCache) -> MemoryReport:
         if archive is not None:
             archives.setdefault(id(archive.pool), (archive.pool, []))[1].append(archive.table[archive.table > 0])
             tables += archive.table.nbytes
+        far: FarHeads | None = getattr(pages.geometry if getattr(pages, "asleep", False) else pages, "far", None)
+        if far is not None:
+            counted = far.counts + (counted or FetchCounts())
+            bounds[id(far.bounds)] = far.bounds.low.nbytes + far.bounds.high.nbytes
+            resident += far.resident_bytes
         if getattr(pages, "asleep", False):  # offloaded: asking for its pages would bring them back
             live_heads.append(pages.rows_per_head_bytes())
             ideal_heads.append(live_heads[-1])
@@ -79,7 +94,6 @@ def report_on(cache: RedKnotCache) -> MemoryReport:
         held.setdefault(id(pages.pool), (pages.pool, []))[1].append(pages.table[pages.table > 0])
         for heads, per_head in zip((live_heads, ideal_heads), pages.head_bytes(), strict=True):
             heads.append(per_head.tolist())
-        nearby += getattr(pages, "nearby_bytes", 0)
         if isinstance(pages, FrozenPages):
             stores[id(pages.store)] = pages.store
             tables += pages.frozen.nbytes
@@ -87,7 +101,8 @@ def report_on(cache: RedKnotCache) -> MemoryReport:
         dense += pages.batch_size * pages.num_heads * cache.seen * token
     live = sum(len(np.unique(np.concatenate(lists))) * pool.page_bytes for pool, lists in held.values())
     allocated = sum(pool.allocated_bytes for pool, _ in held.values())
-    beside = nearby + sum(store.nbytes for store in stores.values())  # on the device, in no pool
+    tables += sum(bounds.values())
+    beside = resident + sum(store.nbytes for store in stores.values())  # on the device, in no pool
     live, allocated = live + beside, allocated + beside
     for pool, lists in archives.values():
         kept = len(np.unique(np.concatenate(lists))) * pool.page_bytes
@@ -103,4 +118,6 @@ def report_on(cache: RedKnotCache) -> MemoryReport:
         ideal_per_head=ideal_heads,
         hot=live + tables,
         cold=cold,
+        resident=resident,
+        far=counted,
     )

@@ -13,7 +13,9 @@ from session_helpers import feed, make, prompt, steps, tiny_config, tiny_model
 
 from redknot_hf import HeadProfile, RedKnotCache, RedKnotError
 from redknot_hf.errors import CacheError, PoolExhausted
-from redknot_hf.paging.bounds import pick_pages, upper_bounds
+from redknot_hf.paging import resident
+from redknot_hf.paging.bounds import PICKED, RUNNER_UP, pick_pages, rank_pages, upper_bounds
+from redknot_hf.paging.resident import ResidentPages
 from redknot_hf.paging.tiers import TieredPages
 
 KINDS = ["cpu", "disk"]
@@ -159,6 +161,22 @@ def test_top_k_and_top_p():
         assert ((shares * chosen).sum(1) >= p - 1e-6).all()
 
 
+@pytest.mark.parametrize("how_many", [0, 2, 5, 0.3, 0.9])
+def test_runners_up_come_next(how_many):
+    bounds = torch.randn(3, 2, 12, generator=torch.Generator().manual_seed(1))
+    picked = pick_pages(bounds, 1.0, how_many)
+    rank = rank_pages(bounds, 1.0, how_many, 4)
+    assert (
+        torch.equal(rank == PICKED, picked) and ((rank == RUNNER_UP).sum(1) == (12 - picked.sum(1)).clamp(max=4)).all()
+    )
+    value = bounds.amax(1) if isinstance(how_many, int) else torch.softmax(bounds, -1).mean(1)
+    for head in range(3):
+        inside, rest = value[head, rank[head] == RUNNER_UP], value[head, rank[head] == 0]
+        assert not len(rest) or inside.min() >= rest.max()
+    assert torch.equal(rank_pages(bounds, 1.0, how_many, 0) == PICKED, picked)
+    assert (rank_pages(bounds, 1.0, None, 4) == PICKED).all()
+
+
 def test_a_needle_is_found_by_its_bound(tiny):
     """With one page of a hundred to choose, attention reads the page whose key fits the query."""
     profile = HeadProfile(3, 2, [["retrieval"] * 2] * 3, 0, 0)
@@ -173,14 +191,14 @@ def test_a_needle_is_found_by_its_bound(tiny):
     pages.archive.pool.k.view(-1, 16)[row] = direction
     pages.archive.pool.v.view(-1, 16)[row] = 7.0
     far.bounds.update(pages.archive, np.zeros(1, np.int64))
-    before = far.fetched
+    before = far.counts.late
     q = torch.zeros(1, 2, 2, 16)
     q[..., 3] = 10.0
     from redknot_hf.paging.torch_attention import AttentionSpec
 
     out = far.decode(q, AttentionSpec(0.25))
     assert torch.allclose(out[0, 0], torch.full((2, 16), 7.0), atol=1e-3)
-    assert far.fetched - before == 2 * 2  # the needle's page and the first page, of each of two heads
+    assert far.counts.late - before == 2 * 2  # the needle's page and the first page, of each of two heads
 
 
 def test_fewer_pages_are_read_and_the_result_stays_close(tiny):
@@ -192,36 +210,125 @@ def test_fewer_pages_are_read_and_the_result_stays_close(tiny):
     reference, close, rough = (feed(tiny, cache, ids) for cache in (exact, some, few))
     assert not torch.equal(reference, rough)
     assert (reference - close).norm() <= (reference - rough).norm()
-    assert few.layers[2].pages.far.fetched == 2 * 3  # two heads: two pages and the first one
+    assert few.layers[2].pages.far.counts.late == 2 * 3  # two heads: two pages and the first one
 
 
 @pytest.mark.parametrize("retrieve", [2, 0.9])
-def test_a_step_fetches_what_is_new_in_its_choice(tiny, retrieve, monkeypatch):
-    """Picked pages stay for the next step, through crops, forks and beams; the result is that of fetching all anew."""
-    from redknot_hf.paging import tiers
-
+@pytest.mark.parametrize("kind", KINDS)
+def test_pages_on_the_device_change_no_result(tiny, retrieve, kind):
+    """Kept and fetched ahead, or all fetched anew in every step: the same numbers, through crops, forks, beams and moves."""
     profile = HeadProfile(3, 2, [["retrieval"] * 2] * 3, 0, 0)
-    found, fetched = [], []
-    for keep in (True, False):
-        if not keep:
-            monkeypatch.setattr(tiers._Nearby, "reader", lambda self, far, wanted, device: far._fetch)
-        cache = make(tiny, profile, 2, 300, cold="cpu", retrieve=retrieve, near_tokens=16)
-        logits = [steps(tiny, cache, 12)]
-        if keep:
-            held = cache.layers[0].pages.nearby_bytes
-            report = cache.memory_report()
-            assert held > 0 and report.hot >= 3 * held / 2 and report.live == report.hot + report.cold
+    found, counts = [], []
+    for budget in (None, 0, 3, 1000, "nothing"):
+        options = {"resident_pages": None if budget == "nothing" else budget}
+        cache = make(tiny, profile, 2, 300, cold=kind, retrieve=retrieve, near_tokens=16, **options)
+
+        def go(cache, count, budget=budget):
+            logits = []
+            for _ in range(count):
+                logits.append(steps(tiny, cache, 1))
+                for layer in cache.layers if budget == "nothing" else ():
+                    layer.pages.far.resident = []
+            return logits
+
+        logits = go(cache, 12)
+        report = cache.memory_report()
+        assert report.hot >= report.resident > 0 or budget == "nothing"
+        assert report.live == report.hot + report.cold
         cache.reorder_cache(torch.tensor([1, 1]))
-        logits.append(steps(tiny, cache, 6))
+        logits += go(cache, 6)
         cache.crop(-15)
         feed(tiny, cache, prompt(2, 20, seed=8))
-        logits.append(steps(tiny, cache.fork(), 6))
+        logits += go(cache, 6)
+        cache.crop(-200)
+        feed(tiny, cache, prompt(2, 210, seed=9))
+        logits += [*go(cache.fork(), 6), *go(cache, 2)]
         cache.offload()
-        logits.append(steps(tiny, cache, 6))
+        assert cache.memory_report().resident == cache.memory_report().hot - cache.memory_report().tables == 0
+        logits += go(cache, 6)
         found.append(torch.cat(logits, 1))
-        fetched.append(sum(layer.pages.far.fetched for layer in cache.layers))
-    assert torch.equal(*found)
-    assert fetched[0] < 0.8 * fetched[1]
+        counts.append(cache.memory_report().far)
+    assert all(torch.equal(one, found[0]) for one in found[1:])
+    twice, latest, three, every, nothing = counts
+    assert nothing.asked == twice.asked == latest.asked == every.asked > 0  # the same pages were picked
+    for one in counts:
+        assert one.asked == one.found + one.late
+    assert latest.ahead == nothing.found == 0
+    assert nothing.late > latest.late > twice.late >= every.late and three.asked == twice.asked
+    page = 2 * 8 * 16 * 4
+    assert [one.moved for one in counts] == [(one.late + one.ahead) * page for one in counts]
+
+
+def test_the_budget_of_a_head(tiny):
+    """No more pages are kept than were asked for, unless a step reads more; the longest unwanted makes room."""
+    profile = HeadProfile(3, 2, [["retrieval"] * 2] * 3, 0, 0)
+    page = 2 * 8 * 16 * 4
+    for budget, kept in ((None, 2 * 4), (0, 4), (2, 4), (6, 6), (10**6, None)):
+        cache = make(tiny, profile, 1, 400, cold="cpu", retrieve=3, near_tokens=16, resident_pages=budget)
+        steps(tiny, cache, 16)
+        for layer in cache.layers:
+            far = layer.pages.far
+            pages = -(-int(layer.pages.oldest.max()) // 8)
+            assert far.resident_bytes <= 2 * page * (kept if kept is not None else pages)
+            assert far.resident_bytes >= 2 * page * 4
+    assert "found on the device" in str(cache.memory_report())
+
+
+def test_the_least_recently_wanted_page_makes_room():
+    here = ResidentPages(2, 4, 3, 5, torch.float32, torch.device("cpu"))
+    archive = [torch.arange(40 * 4 * dim, dtype=torch.float32).view(40, 4, dim) for dim in (3, 5)]
+
+    def wanted(*pages):
+        one = np.zeros((2, 20), bool)
+        one[:, list(pages)] = True
+        return one
+
+    def step(*pages, slots=4):
+        missing = here.look(wanted(*pages), slots)
+        head, page, slot = here.place(missing, wanted(*pages))
+        number = torch.from_numpy(page + 20 * head)
+        here.fill(head, slot, archive[0][number], archive[1][number])
+        k, v = here.read(np.arange(2), np.tile(pages, (2, 1)))
+        for half, slab in ((k, archive[0]), (v, archive[1])):
+            expected = torch.stack([slab[[page + 20 * head for page in pages]] for head in range(2)])
+            assert torch.equal(half[0], expected.flatten(1, 2))
+        return sorted(set(np.nonzero(missing[0])[0].tolist()))
+
+    assert step(1, 2) == [1, 2]
+    assert step(3, 4) == [3, 4]
+    assert step(1) == []
+    assert step(5) == [5]  # in the place of 2: 1 was wanted after it
+    assert step(1, 3, 4) == [] and step(2) == [2]
+    assert step(5) == [5] or here.slots > 4
+    assert here.slots == 4 and step(6, 7, 8, 9, 10, 11) == [6, 7, 8, 9, 10, 11] and here.slots == 6
+    absent = here.look_for(wanted(6, 12))
+    placed = here.place(absent, wanted(6, 7, 8, 9, 10))  # one slot is free to go: that of page 11
+    assert placed[1].tolist() == [12, 12]
+    here.bring((archive[0], archive[1]), placed[1] + 20 * placed[0], placed)
+    assert step(12) == []
+    here.forget_from(9)
+    assert step(12) == [12] and step(8) == []
+
+
+def test_no_memory_to_fetch_ahead(tiny, monkeypatch):
+    """What cannot be fetched ahead is fetched when it is asked for."""
+    profile = HeadProfile(3, 2, [["retrieval"] * 2] * 3, 0, 0)
+    options = dict(cold="cpu", retrieve=2, near_tokens=16)
+    expected = steps(tiny, make(tiny, profile, 2, 300, **options), 12)
+    cache = make(tiny, profile, 2, 300, **options)
+
+    def none(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(resident, "_copy", none)
+    assert torch.equal(steps(tiny, cache, 12), expected)
+
+    def broken(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(resident, "_copy", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        steps(tiny, cache, 12)
 
 
 # ---------------------------------------------------------------------------------- local heads: what left is there

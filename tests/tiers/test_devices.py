@@ -86,7 +86,7 @@ def test_the_same_pages_are_picked_as_on_the_cpu(model):
     for one in (model, twin):
         cache = make(one, retrieval_profile(one.config), 1, 600, cold="cpu", retrieve=3, near_tokens=32)
         logits = feed(one, cache, torch.tensor([[5]]))
-        found.append((logits.cpu(), [layer.pages.far.fetched for layer in cache.layers]))
+        found.append((logits.cpu(), [layer.pages.far.counts.late for layer in cache.layers]))
     assert found[0][1] == found[1][1] and found[0][1][2] >= 2 * 3
     assert_same(found[0][0], found[1][0])
 

@@ -16,7 +16,9 @@ import torch
 from .pages import LayerPages
 from .pool import upload
 
-__all__ = ["PageBounds", "pick_pages", "upper_bounds"]
+__all__ = ["PICKED", "RUNNER_UP", "PageBounds", "pick_pages", "rank_pages", "upper_bounds"]
+
+RUNNER_UP, PICKED = 1, 2  # what `rank_pages` says of a page
 
 
 class PageBounds:
@@ -83,16 +85,35 @@ def pick_pages(bounds: torch.Tensor, scale: float, how_many: int | float | None)
     Returns:
         bool ``[heads, pages]``.
     """
+    return rank_pages(bounds, scale, how_many, 0) == PICKED
+
+
+def rank_pages(bounds: torch.Tensor, scale: float, how_many: int | float | None, runners_up: int) -> torch.Tensor:
+    """`pick_pages`, and which pages come next.
+
+    Args:
+        bounds, scale, how_many: as for `pick_pages`.
+        runners_up: how many pages behind those that are picked.
+
+    Returns:
+        uint8 ``[heads, pages]``: `PICKED`, `RUNNER_UP` or 0.
+    """
     heads, _, pages = bounds.shape
-    if how_many is None or (isinstance(how_many, int) and how_many >= pages):
-        return torch.ones(heads, pages, dtype=torch.bool, device=bounds.device)
+    whole = how_many is None or how_many >= (pages if isinstance(how_many, int) else 1.0)
+    if whole:
+        return torch.full((heads, pages), PICKED, dtype=torch.uint8, device=bounds.device)
+    assert how_many is not None
+    found = torch.zeros(heads, pages, dtype=torch.uint8, device=bounds.device)
     if isinstance(how_many, int):
-        chosen = torch.zeros(heads, pages, dtype=torch.bool, device=bounds.device)
-        best = bounds.amax(1).topk(how_many, dim=1).indices
-        return chosen.scatter_(1, best, True)
-    if how_many >= 1.0:
-        return torch.ones(heads, pages, dtype=torch.bool, device=bounds.device)
+        best = bounds.amax(1)
+        if runners_up:
+            found.scatter_(1, best.topk(min(how_many + runners_up, pages), dim=1).indices, RUNNER_UP)
+        return found.scatter_(1, best.topk(how_many, dim=1).indices, PICKED)
     share = torch.softmax(bounds * scale, -1).mean(1)
     ordered, index = share.sort(1, descending=True)
     needed = ordered.cumsum(1) - ordered < how_many  # the share before a page is not yet enough
-    return torch.zeros_like(needed).scatter_(1, index, needed)
+    ranks = needed * PICKED
+    if runners_up:
+        next_ones = torch.arange(pages, device=bounds.device) < needed.sum(1, keepdim=True) + runners_up
+        ranks = torch.where(next_ones & ~needed, RUNNER_UP, ranks)
+    return found.scatter_(1, index, ranks.to(torch.uint8))

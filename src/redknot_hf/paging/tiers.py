@@ -11,96 +11,28 @@ Both tables share pages between rows and forks in the same way, so forks, beams 
 
 On CUDA tokens travel to the archive on a stream of their own, into page-locked memory; the host does not wait for them.
 They are entered into the archive's pages when somebody asks for the archive, or two chunks later. A decode step needs no
-token that is still under way: far pages end before the newest one. Far pages that were picked stay on the device until
-the next step picks others, so that a step fetches what is new in its choice.
+token that is still under way: far pages end before the newest one. Far pages that were picked stay on the device for a
+while and likely ones are fetched ahead (`resident`), so that a step fetches what nobody expected.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
-import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import CacheError, PoolExhausted
-from . import torch_attention
-from .bounds import PageBounds, pick_pages, upper_bounds
+from ..errors import CacheError
+from .bounds import PageBounds
+from .cold_pools import FilePool, HostPool, side_stream
 from .pages import KEEP_ALL, LayerPages
 from .pool import PagePool, upload
+from .retrieval import FarHeads
 
 __all__ = ["ColdTier", "FarHeads", "FilePool", "HostPool", "TieredPages", "lost_tokens", "regrown", "rehoused"]
 
 NEAR_TOKENS = 256  # recent tokens that retrieval heads keep on the device
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-class HostPool(PagePool):
-    """Pages in host memory, page-locked so that a GPU can copy from and to them without waiting."""
-
-    def __init__(self, *args: Any, pinned: bool = False, **options: Any):
-        self.pinned = pinned
-        super().__init__(*args, **options)
-
-    def _slab(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.zeros(rows, self.page_size, dim, dtype=dtype, pin_memory=self.pinned)
-
-
-class FilePool(PagePool):
-    """Pages in files that are mapped into memory; the system decides which of them are in memory now.
-
-    The files have no names: they vanish with the pool, and with the process however it ends. Their space is taken when
-    the pool grows, so a full disk is an error then and never a crash at some later access.
-    """
-
-    both_at_once = True
-
-    def __init__(self, *args: Any, folder: str | os.PathLike[str] | None = None, **options: Any):
-        self.folder = folder
-        super().__init__(*args, **options)
-
-    def _slab(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        count = rows * self.page_size * dim
-        handle, name = tempfile.mkstemp(prefix="redknot-pages-", dir=self.folder)
-        try:
-            try:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(handle, 0, count * dtype.itemsize)
-                else:  # pragma: no cover
-                    os.truncate(handle, count * dtype.itemsize)
-            except OSError as error:
-                raise PoolExhausted(
-                    f"no room for {count * dtype.itemsize:,} bytes of cold pages in {os.path.dirname(name)}: "
-                    f"{error.strerror}. Free some space, choose another folder (TMPDIR), or use cold='cpu'"
-                ) from error
-            # zeros: a fresh file reads as such
-            return torch.from_file(name, shared=True, size=count, dtype=dtype).view(rows, self.page_size, dim)
-        finally:
-            os.close(handle)
-            Path(name).unlink()
-
-
-@contextlib.contextmanager
-def _side_stream(device: torch.device, wait_after: bool) -> Iterator[torch.cuda.Stream | None]:
-    """Run copies between ``device`` and the host beside the computation, whose stream is yielded. Nothing on the CPU."""
-    if device.type != "cuda":
-        yield None
-        return
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    stream, main = _streams[device], torch.cuda.current_stream(device)
-    stream.wait_stream(main)
-    with torch.cuda.stream(stream):
-        yield main
-    if wait_after:
-        main.wait_stream(stream)
 
 
 @dataclass
@@ -113,173 +45,6 @@ class _Arriving:
     copied: torch.cuda.Event | None
 
 
-class FarHeads:
-    """The retrieval heads of one layer.
-
-    Args:
-        pages: the layer's page table.
-        heads: int64, which KV heads these are.
-        bounds: of the pages of the archive's pool.
-        pick: None, an int or a float: see `bounds.pick_pages`.
-    """
-
-    def __init__(self, pages: TieredPages, heads: np.ndarray, bounds: PageBounds, pick: int | float | None):
-        self._pages = weakref.ref(pages)  # a cycle would hold on to the pool until it is collected
-        self.heads, self.bounds, self.pick = heads, bounds, pick
-        self.fetched = 0  # pages read from the archive so far
-        self.nearby: list[_Nearby] = []  # of each row, what the latest step read
-
-    @property
-    def pages(self) -> TieredPages:
-        pages = self._pages()
-        assert pages is not None, "the page table of these heads is gone"
-        return pages
-
-    def rows_of_archive(self) -> np.ndarray:
-        return np.searchsorted(self.pages.archived, self.heads)
-
-    def decode(self, q: torch.Tensor, spec: torch_attention.AttentionSpec) -> torch.Tensor:
-        """One query per row, ``q [batch, heads, group, dim]`` -> the same shape with value channels."""
-        archive = self.pages.settled(keep=1)
-        self.nearby = self.nearby[: len(q)] + [_Nearby() for _ in range(len(q) - len(self.nearby))]
-        return torch.cat([self._decode_row(row, q[row : row + 1], spec, archive) for row in range(len(q))])
-
-    def _decode_row(
-        self, row: int, q: torch.Tensor, spec: torch_attention.AttentionSpec, archive: LayerPages
-    ) -> torch.Tensor:
-        pages, heads = self.pages, self.heads
-        size, length = pages.pool.page_size, int(pages.lens[row])
-        oldest = int(pages.oldest[row, heads].max())
-        far = -(-oldest // size)  # pages below this one come from the archive
-        near = np.arange(far * size, length)[None]
-        near_k, near_v = pages.one_row(row).gather(near, heads)
-        if not far:
-            return torch_attention._attend(q, near_k, near_v, None, spec, heads, q.shape[2])
-        table = archive.table[row, self.rows_of_archive(), :far].astype(np.int64)
-        chosen = self._choose(q[0], table, spec.scale)
-        fetch = self._fetch if self.pick is None else self.nearby[row].reader(self, table[chosen], near_k.device)
-        outs = []
-        counts = chosen.sum(1)
-        for count in np.unique(counts):  # heads that read equally many pages go together
-            group = np.flatnonzero(counts == count)
-            picked = table[group][chosen[group]].reshape(len(group), int(count))
-            k, v = fetch(picked, near_k.device)
-            k, v = torch.cat([k, near_k[:, group]], 2), torch.cat([v, near_v[:, group]], 2)
-            outs.append((group, torch_attention._attend(q[:, group], k, v, None, spec, heads[group], q.shape[2])))
-        return torch_attention._join(outs, len(heads))
-
-    def _choose(self, q: torch.Tensor, table: np.ndarray, scale: float) -> np.ndarray:
-        """bool ``[heads, far pages]``; the first page is always read: it holds the attention sinks."""
-        if self.pick is None:
-            return np.ones(table.shape, bool)
-        index = upload(table, self.bounds.low.device)
-        bounds = upper_bounds(q.to(index.device), self.bounds.low[index], self.bounds.high[index])
-        chosen = pick_pages(bounds, scale, self.pick).cpu().numpy()
-        chosen[:, 0] = True
-        return chosen
-
-    def _fetch(self, picked: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pages ``[heads, count]`` of the archive -> two ``[1, heads, count * page_size, dim]`` on ``device``."""
-        pool = self.pages.settled(keep=1).pool
-        index = torch.from_numpy(picked.ravel())
-        self.fetched += len(index)
-        halves = []
-        with _side_stream(device, wait_after=True) as main:
-            for slab in (pool.k, pool.v):
-                halves.append(_upload(slab, index, device, main).view(1, len(picked), -1, slab.shape[2]))
-        return halves[0], halves[1]
-
-    def prefill(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, new: np.ndarray, spec: torch_attention.AttentionSpec
-    ) -> torch.Tensor:
-        """A chunk over the whole past and itself, like a global head. ``q [batch, heads, group, n, dim]``."""
-        index = upload(self.heads, k.device)
-        k, v = k.index_select(1, index), v.index_select(1, index)
-        past = _Past(self.pages, self.rows_of_archive(), k.device)
-        everyone = np.arange(len(self.heads))
-        return torch_attention._prefill_full(past, q, k, v, self.pages.lens, new, spec, everyone, False)  # type: ignore[arg-type]
-
-
-class _Nearby:
-    """Far pages of one row that the latest decode step read, on the compute device."""
-
-    def __init__(self) -> None:
-        self.numbers = np.zeros(0, np.int64)  # of the archive's pages, increasing
-        self.k: torch.Tensor | None = None
-        self.v: torch.Tensor | None = None
-
-    def reader(self, far: FarHeads, wanted: np.ndarray, device: torch.device) -> Any:
-        """Hold exactly the pages ``wanted``, fetching those that are not here, and return how to read them."""
-        numbers = np.unique(wanted)
-        here = np.isin(numbers, self.numbers, assume_unique=True)
-        missing = numbers[~here]
-        if len(missing) or len(numbers) != len(self.numbers):
-            halves = far._fetch(missing[None], device) if len(missing) else (None, None)
-            into = upload(np.flatnonzero(here), device)
-            kept = upload(np.searchsorted(self.numbers, numbers[here]), device)
-            fresh = upload(np.flatnonzero(~here), device)
-            found = []
-            for old, half in zip((self.k, self.v), halves, strict=True):
-                some = old if half is None else half
-                assert some is not None
-                size = far.pages.pool.page_size
-                whole = some.new_empty(len(numbers), size, some.shape[-1])
-                if len(kept):
-                    whole.index_copy_(0, into, old.index_select(0, kept))  # type: ignore[union-attr]
-                if half is not None:
-                    whole.index_copy_(0, fresh, half.view(len(missing), size, -1))
-                found.append(whole)
-            self.numbers, self.k, self.v = numbers, found[0], found[1]
-
-        def read(picked: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-            index = upload(np.searchsorted(self.numbers, picked.ravel()), device)
-            assert self.k is not None and self.v is not None
-            shape = (1, len(picked), picked.shape[1] * self.k.shape[1], -1)
-            return self.k.index_select(0, index).view(shape), self.v.index_select(0, index).view(shape)
-
-        return read
-
-
-def _upload(
-    slab: torch.Tensor, index: torch.Tensor, device: torch.device, main: torch.cuda.Stream | None
-) -> torch.Tensor:
-    """Pages of a host slab on ``device``, by way of page-locked memory; called within `_side_stream`, read on ``main``."""
-    if main is None:
-        return slab.index_select(0, index)
-    staged = torch.empty(len(index), *slab.shape[1:], dtype=slab.dtype, pin_memory=True)
-    torch.index_select(slab, 0, index, out=staged)
-    found = staged.to(device, non_blocking=True)
-    found.record_stream(main)  # its memory is the side stream's, and must not be given away while it is read
-    return found
-
-
-class _Past:
-    """The archive's pages of some heads as `torch_attention` reads pages, on the device of the queries."""
-
-    def __init__(self, pages: TieredPages, heads: np.ndarray, device: torch.device):
-        archive = pages.archive
-        self.table = archive.table[:, heads]
-        self.batch_size, self.num_heads = archive.batch_size, len(heads)
-        self.pool: Any = archive.pool
-        if device.type != "cpu" and (self.table > 0).any():
-            held = np.unique(self.table[self.table > 0])
-            self.pool = _Slabs(archive.pool, held.astype(np.int64), device)
-            self.table = np.where(self.table > 0, np.searchsorted(held, self.table), 0)
-
-    def copies(self, heads: np.ndarray, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `LayerPages.copies`."""
-        index = upload(self.table[:, heads, :count].astype(np.int64).ravel(), self.pool.k.device)
-        shape = (self.batch_size, len(heads), count * self.pool.page_size, -1)
-        return self.pool.k.index_select(0, index).view(shape), self.pool.v.index_select(0, index).view(shape)
-
-
-class _Slabs:
-    def __init__(self, pool: PagePool, held: np.ndarray, device: torch.device):
-        self.page_size, index = pool.page_size, torch.from_numpy(held)
-        with _side_stream(device, wait_after=True) as main:
-            self.k, self.v = (_upload(slab, index, device, main) for slab in (pool.k, pool.v))
-
-
 class TieredPages(LayerPages):
     """The page tables of one layer and the archive behind them.
 
@@ -290,6 +55,7 @@ class TieredPages(LayerPages):
         near: recent tokens that retrieval heads keep on the device, at least a page.
         bounds: of the cold pool's pages; needed with retrieval heads.
         pick: how retrieval heads choose far pages: `bounds.pick_pages`.
+        budget: far pages that each retrieval head keeps on the device: `retrieval.FarHeads`.
 
     Attributes:
         archived: int64, the local and the retrieval heads, in order: the heads of ``archive``.
@@ -309,6 +75,7 @@ class TieredPages(LayerPages):
         near: int = NEAR_TOKENS,
         bounds: PageBounds | None = None,
         pick: int | float | None = None,
+        budget: int | None = None,
         contiguous: bool = True,
     ):
         sink, window = np.array(sink, np.int64), np.array(window, np.int64)
@@ -320,7 +87,7 @@ class TieredPages(LayerPages):
         self._arriving: list[_Arriving] = []
         if len(retrieval):
             assert bounds is not None
-            self.far = FarHeads(self, retrieval, bounds, pick)
+            self.far = FarHeads(self, retrieval, bounds, pick, budget)
         self.local_heads = np.setdiff1d(self.ring_heads, retrieval)
 
     @property
@@ -344,12 +111,6 @@ class TieredPages(LayerPages):
         if self.far is not None:
             self.far.bounds.update(self._archive, before)
 
-    @property
-    def nearby_bytes(self) -> int:
-        """Bytes of far pages that are on the device because the latest step read them."""
-        held = [] if self.far is None else [half for row in self.far.nearby for half in (row.k, row.v)]
-        return sum(half.nbytes for half in held if half is not None)
-
     def prepare(self, new: np.ndarray) -> None:
         super().prepare(new)
         # pages for what is under way and for what comes: entering them later takes no memory, so it cannot fail
@@ -364,7 +125,7 @@ class TieredPages(LayerPages):
             self._arriving.append(_Arriving(parts[0], parts[1], new, None))
             return
         halves = []
-        with _side_stream(k.device, wait_after=False):
+        with side_stream(k.device, wait_after=False):
             side = torch.cuda.current_stream(k.device)
             for part in parts:
                 part.record_stream(side)  # nobody waits: its memory must not be given away before it has been copied
@@ -385,29 +146,26 @@ class TieredPages(LayerPages):
         )
         return view
 
-    def _forget_nearby(self) -> None:
-        """Numbers of the archive's pages may come to mean other tokens."""
-        if self.far is not None:
-            self.far.nearby = []
-
     def select(self, indices: np.ndarray) -> None:
         super().select(indices)
         self.archive.select(indices)
-        self._forget_nearby()
+        if self.far is not None:
+            self.far.select(indices)
 
     def fork(self) -> TieredPages:
         twin = super().fork()
         assert isinstance(twin, TieredPages)
         twin._archive, twin._arriving = self.archive.fork(), []
         if self.far is not None:
-            twin.far = FarHeads(twin, self.far.heads, self.far.bounds, self.far.pick)
+            twin.far = FarHeads(twin, self.far.heads, self.far.bounds, self.far.pick, self.far.budget)
         return twin
 
     def free(self) -> None:
         super().free()
         self._arriving.clear()
         self._archive.free()
-        self._forget_nearby()
+        if self.far is not None:
+            self.far.resident = []
 
     # ------------------------------------------------------------------------------------------------- crop
     def check_crop(self, removed: np.ndarray) -> None:
@@ -419,7 +177,8 @@ class TieredPages(LayerPages):
         """Take back the last ``removed`` tokens of each row; rings are filled up again from the archive."""
         super().crop(removed)
         self.archive.crop(removed)
-        self._forget_nearby()
+        if self.far is not None:
+            self.far.forget_from(int(self.lens.min(initial=0)))
         self._refill()
 
     def _own_slots(self, heads: np.ndarray, positions: np.ndarray, keep: np.ndarray) -> None:
@@ -463,7 +222,7 @@ def rehoused(old: LayerPages, pool: PagePool) -> LayerPages:
     fresh.oldest = np.broadcast_to(old.sink.astype(np.int64), old.oldest.shape).copy()
     fresh._changed()
     if isinstance(fresh, TieredPages) and fresh.far is not None:
-        fresh.far = FarHeads(fresh, fresh.far.heads, fresh.far.bounds, fresh.far.pick)
+        fresh.far = fresh.far.moved_to(fresh)
     return fresh
 
 
@@ -574,12 +333,13 @@ class ColdTier:
         kind: ``"cpu"`` or ``"disk"``.
         pick: how retrieval heads choose far pages: None for all (exact), an int or a float in (0, 1] (`pick_pages`).
         near: recent tokens that retrieval heads keep on the device.
+        budget: far pages that each retrieval head keeps on the device (`retrieval.FarHeads`).
 
     Raises:
         CacheError: an argument is out of range.
     """
 
-    def __init__(self, kind: str, pick: int | float | None = None, near: int = NEAR_TOKENS):
+    def __init__(self, kind: str, pick: int | float | None = None, near: int = NEAR_TOKENS, budget: int | None = None):
         if kind not in ("cpu", "disk"):
             raise CacheError(f"cold={kind!r}: expected 'drop', 'cpu' or 'disk'")
         good = pick is None or (type(pick) is int and pick >= 0) or (type(pick) is float and 0.0 < pick <= 1.0)
@@ -590,7 +350,12 @@ class ColdTier:
             )
         if type(near) is not int or near < 1:
             raise CacheError(f"near_tokens={near!r}: expected a number of tokens, 1 or more")
-        self.kind, self.pick, self.near = kind, pick, near
+        if budget is not None and (type(budget) is not int or budget < 0):
+            raise CacheError(
+                f"resident_pages={budget!r}: expected a number of pages that each retrieval head keeps on the device (0: "
+                "those of its latest step alone), or None for twice as many as it picks"
+            )
+        self.kind, self.pick, self.near, self.budget = kind, pick, near, budget
         self._pools: dict[tuple[Any, ...], tuple[PagePool, PageBounds]] = {}
 
     def pages(
@@ -608,7 +373,18 @@ class ColdTier:
             return LayerPages(pool, sink, window, batch_size, rollback, contiguous)
         cold, bounds = self._pool_behind(pool)
         return TieredPages(
-            pool, cold, sink, window, batch_size, rollback, retrieval, self.near, bounds, self.pick, contiguous
+            pool,
+            cold,
+            sink,
+            window,
+            batch_size,
+            rollback,
+            retrieval,
+            self.near,
+            bounds,
+            self.pick,
+            self.budget,
+            contiguous,
         )
 
     def _pool_behind(self, pool: PagePool) -> tuple[PagePool, PageBounds]:

@@ -96,7 +96,7 @@ def save_session(
     padding = _padding_bits(cache, batch)
     if padding is not None:
         sources.append(Source.of("padding", torch.from_numpy(padding)))
-    description = {
+    description: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "label": label,
@@ -119,6 +119,8 @@ def save_session(
         "batch": batch,
         "layers": layers,
     }
+    if cache.tier is not None and cache.tier.budget is not None:
+        description["options"]["resident_pages"] = cache.tier.budget
     return write_container(path, description, sources)
 
 
@@ -302,9 +304,11 @@ class _Loader:
         known = {
             "prefill", "page_size", "rollback", "tp_rank", "tp_size", "cold", "retrieve", "near_tokens", "kv_dtype"
         }  # fmt: skip
-        if set(options) != known:
-            raise CacheError(f"unknown or missing options {shorten(sorted(set(options) ^ known))}")
-        for name in known - {"prefill", "cold", "retrieve", "kv_dtype"}:
+        if set(options) - {"resident_pages"} != known:
+            raise CacheError(
+                f"unknown or missing options {shorten(sorted((set(options) ^ known) - {'resident_pages'}))}"
+            )
+        for name in set(options) - {"prefill", "cold", "retrieve", "kv_dtype"}:
             _integer(options, name, 0, 1 << 30)
         _typed(options, "cold", str)
         document = self.said.get("profile")

@@ -24,7 +24,7 @@ from ..errors import CacheError, PoolExhausted
 from ..layer import RedKnotLayer
 from ..paging.frozen import FrozenPages
 from ..paging.pages import LayerPages
-from ..paging.tiers import rehoused
+from ..paging.tiers import TieredPages, rehoused
 from .rows import PageState, read_rows, write_rows
 
 if TYPE_CHECKING:
@@ -242,6 +242,8 @@ def _geometry(pages: LayerPages) -> LayerPages:
     twin.pool = None  # type: ignore[assignment]
     twin.table = np.zeros_like(pages.table)
     twin._changed()
+    if isinstance(twin, TieredPages) and twin.far is not None:
+        twin.far = twin.far.moved_to(twin)  # what is resident on the device stays behind
     return twin
 
 

@@ -24,6 +24,7 @@ from ..errors import CacheError, PoolExhausted, RedKnotError, shorten
 from ..layer import RedKnotLayer
 from ..paging.frozen import FrozenPages
 from ..paging.pages import LayerPages
+from ..paging.tiers import TieredPages
 from ..static import StaticRedKnotLayer
 from .container import TEMPORARY
 from .files import describe, load_session, save_session
@@ -47,7 +48,8 @@ class StoreReport:
     """What a store holds.
 
     Attributes:
-        device_bytes: slabs and frozen pages of all sessions on the device, in use or idle; what forks share counts once.
+        device_bytes: slabs, frozen pages and resident far pages of all sessions on the device, in use or idle; what forks
+            share counts once.
         host_bytes: keys and values in host memory.
         disk_bytes: sizes of the files.
         device, host, disk: keys in each tier, longest idle first; in_use: keys handed out and not yet put back.
@@ -305,6 +307,8 @@ class SessionStore:
                     held[id(pages.pool)] = pages.pool.allocated_bytes
                 if isinstance(pages, FrozenPages):
                     held[id(pages.store)] = pages.store.nbytes
+                if isinstance(pages, TieredPages) and pages.far is not None:
+                    held[id(pages.far)] = pages.far.resident_bytes
         return sum(held.values())
 
     def _on_host(self) -> int:
