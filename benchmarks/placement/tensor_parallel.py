@@ -36,7 +36,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import distributed
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config, StaticCache
 from transformers.distributed import DistributedConfig
 
 import redknot_hf
@@ -276,9 +276,30 @@ class Bench:
             self.note(part="decode", cache=kind, mode="eager", batch=batch, context=context, error=str(error)[:200])
 
     def graph(self, batch: int, context: int) -> None:
-        """One decode step over the static form, captured with its collectives and replayed."""
-        release()
-        cache = self.cache("RedKnotCache 1/8", max_cache_len=context + 256)
+        """One decode step over a static cache, captured with its collectives and replayed."""
+        cases: list[tuple[str, Any]] = [("RedKnotCache 1/8", None), ("RedKnotCache all global", None)]
+        if self.ranks.size > 1:
+            cases.insert(1, ("RedKnotCache 1/8, place_heads", place_heads(self.sparse, self.ranks.size).permutation))
+        for name, order in [*cases, ("StaticCache", None)]:
+            release()
+            if order is not None:
+                set_config_order(self.model.config, order)
+            try:
+                if name == "StaticCache":
+                    self.model.set_attn_implementation("sdpa")
+                    cache: Any = StaticCache(config=self.model.config, max_cache_len=context + 256)
+                else:
+                    cache = self.cache(name.split(",")[0], max_cache_len=context + 256)
+                self.captured(name, cache, batch, context)
+                del cache
+            except (torch.OutOfMemoryError, redknot_hf.RedKnotError) as error:
+                self.note(part="decode", cache=name, mode="cuda graph", batch=batch, context=context,
+                          error=f"{type(error).__name__}: {error}"[:200])  # fmt: skip
+            finally:
+                if order is not None:
+                    delattr(self.model.config, "redknot_head_order")
+
+    def captured(self, name: str, cache: Any, batch: int, context: int) -> None:
         fill(cache, self.config, self.heads(), batch, context, self.dtype, self.ranks)
         token = torch.full((batch, 1), 7, device=self.ranks.device)
         position = torch.full((batch, 1), context, device=self.ranks.device)
@@ -298,7 +319,7 @@ class Bench:
             run()
         ms = self.milliseconds(lambda _: captured.replay(), self.args.steps, 3, 0)
         held = [int(x) for x in self.ranks.gather(float(kv_bytes(cache)))]
-        self.note(part="decode", cache="RedKnotCache 1/8", mode="cuda graph", batch=batch, context=context,
+        self.note(part="decode", cache=name, mode="cuda graph", batch=batch, context=context,
                   ms=round(max(ms), 3), ms_per_rank=[round(x, 3) for x in ms], kv_bytes_per_rank=held)  # fmt: skip
 
     def prefill(self, kind: str, context: int) -> None:
