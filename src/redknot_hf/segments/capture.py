@@ -23,7 +23,7 @@ from .entry import SegmentRows, pack
 from .rows import RowSet
 from .splice import SpliceCache, forward_rows
 
-__all__ = ["capture"]
+__all__ = ["batches", "capture"]
 
 PADDING = 1.25  # a batch may compute this many times its real tokens
 
@@ -48,7 +48,7 @@ def capture(
     """
     start = 0 if header is None else len(header)
     device = next(model.parameters()).device
-    for batch in _batches([len(document) for document in documents], batch_tokens):
+    for batch in batches([len(document) for document in documents], batch_tokens):
         longest = max(len(documents[i]) for i in batch)
         cache = SpliceCache(make_target(), start + longest, batch=len(batch))
         if header is not None:
@@ -66,7 +66,7 @@ def capture(
             yield i, pack(keys, values, start)
 
 
-def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+def batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices of documents that run together: of similar length, and few enough."""
     batch: list[int] = []
     real = 0

@@ -76,6 +76,7 @@ class SegmentKey:
         dtype: dtype of the cached tensors, e.g. `"bfloat16"`.
         profile: id of the head profile the entry was made for; empty if every row of every head is stored.
         token_ids: the segment's own tokens.
+        contexts: digest of the texts between header and segment over which the entry is the mean; empty for none.
     """
 
     model: str
@@ -84,6 +85,7 @@ class SegmentKey:
     dtype: str
     profile: str
     token_ids: tuple[int, ...]
+    contexts: str = ""
 
     @classmethod
     def of(
@@ -125,6 +127,7 @@ class SegmentKey:
                 self.dtype.encode(),
                 self.profile.encode(),
                 struct.pack(f"<{len(self.token_ids)}q", *self.token_ids),
+                *([self.contexts.encode()] if self.contexts else []),
             ),
         )
 

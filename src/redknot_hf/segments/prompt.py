@@ -17,6 +17,7 @@ account says which.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -35,8 +36,9 @@ from .account import BuildAccount, Clock, SegmentAccount
 from .capture import capture
 from .checks import Checks
 from .codec import CorruptEntry, SegmentEntry
+from .contexts import capture_mean
 from .entry import SegmentRows, inspect, unpack
-from .keys import SegmentKey, model_fingerprint
+from .keys import SegmentKey, hash_fields, model_fingerprint
 from .placing import Loader, Place
 from .rope import Relocator
 from .rows import RowSet
@@ -79,6 +81,10 @@ class SegmentedPrompt:
         header: what every prompt begins with, and what documents are computed behind: the system prompt, or at least
             the BOS token. A text gets the tokenizer's special tokens. None: the special tokens that the tokenizer
             puts in front of a text, if any; without any header reuse is visibly worse.
+        contexts: a few texts like those that will stand between header and segment: samples of your documents, of a
+            few hundred tokens each. Segments that do not come first are then kept as the mean of what they are behind
+            each of these, which is nearer to what they are behind other documents. Costs a capture for each context
+            and a second entry for each segment, and nothing in a build.
         prefill: ``"windowed"`` or ``"full"``, as for `RedKnotCache`. With "full" stored segments serve every profile.
         page_size, rollback: of the caches that are built.
         batch_tokens: tokens of one forward when documents are computed.
@@ -96,6 +102,7 @@ class SegmentedPrompt:
         profile: HeadProfile | str | None = None,
         *,
         header: Tokens | None = None,
+        contexts: Sequence[Tokens] = (),
         prefill: str = "windowed",
         page_size: int = 64,
         rollback: int = 0,
@@ -113,8 +120,15 @@ class SegmentedPrompt:
         self.behind = (
             self.header
         )  # what documents are computed behind; something else makes reuse worse, as baselines do
+        if isinstance(contexts, (str, torch.Tensor)):
+            raise RedKnotError(f"contexts={shorten(contexts)}: expected a list of texts or of lists of token ids")
+        self.contexts = [self._ids(context, "contexts") for context in contexts]
+        if not all(self.contexts):
+            raise RedKnotError("contexts: an empty text stands for nothing; leave it out")
         self.device = next(model.parameters()).device
         self._segments: dict[str, SegmentKey] = {}
+        self._means: dict[str, SegmentKey] = {}  # by the id of a segment, what it is where it does not come first
+        self._context_rows: list[SegmentRows] = []
         self._identity = dict(
             model=model_fingerprint(model),
             rope=self.relocator.signature,
@@ -150,9 +164,20 @@ class SegmentedPrompt:
     def add_many(self, segments: Sequence[Tokens]) -> list[str]:
         """`add` for many segments; those that are missing are computed in batches."""
         keys = [self._register(segment) for segment in segments]
-        missing = {key.hex: key for key in keys if not self.store.contains(key)}
+        wanted = keys + [self._elsewhere(key) for key in keys]
+        missing = {key.hex: key for key in wanted if not self.store.contains(key)}
         self._compute(list(missing.values()))
         return [key.hex for key in keys]
+
+    def _elsewhere(self, key: SegmentKey) -> SegmentKey:
+        """The entry of a segment that other segments stand before."""
+        if not self.contexts:
+            return key
+        if key.hex not in self._means:
+            packed = [np.asarray(ids, np.int64).tobytes() for ids in self.contexts]
+            digest = hash_fields("redknot-hf/contexts/1", packed)
+            self._means[key.hex] = dataclasses.replace(key, contexts=digest)
+        return self._means[key.hex]
 
     def _register(self, segment: Tokens) -> SegmentKey:
         key = self._key(self._ids(segment, "segment"), self.behind)
@@ -193,21 +218,35 @@ class SegmentedPrompt:
         entries: dict[str, SegmentEntry] = {}
         if not keys:
             return entries
-        header = self._header_rows(entries) if any(key.header_ids for key in keys) else None
+        header = self._rows_of(self.behind, entries) if any(key.header_ids for key in keys) else None
         for behind in (False, True):
-            batch = [key for key in keys if bool(key.header_ids) == behind and key.hex not in entries]
+            batch = [key for key in keys if bool(key.header_ids) == behind and not key.contexts]
+            batch = [key for key in batch if key.hex not in entries]
             documents = [key.token_ids for key in batch]
             rows = header if behind else None
             for i, entry in capture(self.model, self.new_cache, rows, documents, self.batch_tokens):
                 entries[batch[i].hex] = entry
                 self.store.put(batch[i], entry)
+        batch = [key for key in keys if key.contexts]
+        if batch:
+            if not self._context_rows:
+                self._context_rows = [self._rows_of([*self.behind, *context], entries) for context in self.contexts]
+            documents = [key.token_ids for key in batch]
+            means = capture_mean(
+                self.model, self.new_cache, self.relocator, len(self.behind), self._context_rows, documents,
+                self.batch_tokens,
+            )  # fmt: skip
+            for i, entry in means:
+                entries[batch[i].hex] = entry
+                self.store.put(batch[i], entry)
         return entries
 
-    def _header_rows(self, entries: dict[str, SegmentEntry]) -> SegmentRows:
-        key = self._key(self.behind, ())
+    def _rows_of(self, ids: Sequence[int], entries: dict[str, SegmentEntry]) -> SegmentRows:
+        """What documents are computed behind: from the store, or computed."""
+        key = self._key(ids, ())
         found = self._fetch([key])[key.hex]
         if found is None:
-            ((_, entry),) = capture(self.model, self.new_cache, None, [self.behind], self.batch_tokens)
+            ((_, entry),) = capture(self.model, self.new_cache, None, [ids], self.batch_tokens)
             self.store.put(key, entry)
             entries[key.hex] = entry
             (found,) = unpack([entry], Upload([entry], self.device).finish())
@@ -290,8 +329,10 @@ class SegmentedPrompt:
         missed: set[str],
         clock: Clock,
     ) -> SplicedPrompt:
-        keys = [self._key(self.header, ())] if self.header else []
-        keys += [self._resolve(segment) for segment in segments]
+        head = [self._key(self.header, ())] if self.header else []
+        resolved = [self._resolve(segment) for segment in segments]
+        keys = [*head, *resolved[:1], *map(self._elsewhere, resolved[1:])]
+        names = [key.hex for key in (*head, *resolved)]
         query_ids = self._ids(query, "query")
         ids = torch.tensor([i for key in keys for i in key.token_ids] + query_ids)
         length = len(ids)
@@ -340,7 +381,8 @@ class SegmentedPrompt:
         checks.wait()
         clock.mark("verify")
 
-        account = self._account(view, chosen, keys, places, exact, hits, ratios, selector, relocate, loader, clock)
+        was_hit = [key.hex in hits for key in keys]
+        account = self._account(view, chosen, names, places, exact, was_hit, ratios, selector, relocate, loader, clock)
         return SplicedPrompt(dict(input_ids=row, attention_mask=torch.ones_like(row), past_key_values=target), account)
 
     def _resolve(self, segment: Tokens) -> SegmentKey:
@@ -368,7 +410,7 @@ class SegmentedPrompt:
     @staticmethod
     def _is_exact(index: int, keys: list[SegmentKey], places: list[Place]) -> bool:
         """Whether a segment stands where and behind what it was computed."""
-        if places[index].start != places[index].rows.start:
+        if places[index].start != places[index].rows.start or keys[index].contexts:
             return False
         return keys[index].header_ids == tuple(i for key in keys[:index] for i in key.token_ids)
 
@@ -429,10 +471,10 @@ class SegmentedPrompt:
         self,
         view: PromptView,
         chosen: Choice,
-        keys: list[SegmentKey],
+        names: list[str],
         places: list[Place],
         exact: list[bool],
-        hits: set[str],
+        hits: list[bool],
         ratios: list[float],
         selector: str | Selector,
         relocate: bool,
@@ -441,16 +483,16 @@ class SegmentedPrompt:
     ) -> BuildAccount:
         segments = [
             SegmentAccount(
-                id=key.hex,
+                id=name,
                 start=place.start,
                 tokens=len(place.rows),
-                hit=key.hex in hits,
+                hit=hit,
                 tier=place.rows.tier,
                 recomputed=int(((chosen.ranked >= place.start) & (chosen.ranked < place.stop)).sum()),
                 exact=right,
                 nbytes=place.rows.nbytes,
             )
-            for key, place, right in zip(keys, places, exact, strict=True)
+            for name, hit, place, right in zip(names, hits, places, exact, strict=True)
         ]
         layers = len(ratios)
         flat = len(set(ratios)) == 1
