@@ -7,7 +7,7 @@ on the device. A decode step uploads nothing: the table goes up when it changes 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,13 @@ class Lengths:
     Attributes:
         before, after: int32 ``[batch]``, around the step.
         fed: int32 ``[batch]``, real tokens of each row in this step; None when every column is real.
+        scratch: memory that the kernels of the step's layers compute with one after the other, by stream.
     """
 
     before: torch.Tensor
     after: torch.Tensor
     fed: torch.Tensor | None
+    scratch: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def upload(cls, before: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -59,7 +61,10 @@ class KernelLayer:
     def __init__(self, pages: LayerPages):
         self.pages, self.device = pages, pages.pool.k.device
         self.version = -1
+        self.replays = self.device.type == "cuda"
         self.checked = False  # the operators' arguments fit: the layer has decoded a token
+        self.replay: Any = None  # a decode step as it was launched before, and what that was made from
+        self.form: tuple[Any, ...] = ()
         order = np.concatenate([pages.full_heads, pages.ring_heads])
         self.order, self.num_full = self._upload(order), len(pages.full_heads)
         self.sync()
@@ -72,7 +77,7 @@ class KernelLayer:
         pages = self.pages
         if self.version == pages.version:
             return
-        self.version = pages.version
+        self.version, self.replay = pages.version, None
         self.table = self._upload(pages.table)
         self.sink, self.window, self.ring = map(self._upload, (pages.sink, pages.window, pages.ring))
 
@@ -104,17 +109,10 @@ class KernelLayer:
             exact_positions=self.pages.rollback > 0,
         )
 
-    def append_one(self, k: torch.Tensor, v: torch.Tensor, lengths: Lengths) -> None:
-        """`append` of one token for every row, ``[batch, kv_heads, 1, dim]``; arguments are checked the first time."""
-        self.sync()
-        if not self.checked:
-            return self.append(k, v, lengths)
-        pool = self.pages.pool
-        with pool.lock:
-            _append(k, v, pool.k, pool.v, self.table, lengths.before, self.sink, self.ring)
-
-    def decode_one(
+    def step_one(
         self,
+        k: torch.Tensor,
+        v: torch.Tensor,
         q: torch.Tensor,
         scale: float,
         softcap: float,
@@ -122,16 +120,50 @@ class KernelLayer:
         model_window: int,
         lengths: Lengths,
     ) -> torch.Tensor:
-        """`decode` of one token for every row, ``q [batch, q_heads, 1, dim]``; arguments are checked the first time."""
+        """`append` and `decode` of one token for every row; arguments are checked the first time.
+
+        On a GPU the launches are worked out once per layer and page (`segpaged_attention.replay`) and then made again.
+
+        Args:
+            k, v: ``[batch, kv_heads, 1, dim]``. q: ``[batch, q_heads, 1, dim]``.
+        """
+        self.sync()
         if not self.checked:
+            self.append(k, v, lengths)
             out = self.decode(q, AttentionSpec(scale, softcap, s_aux, model_window), lengths)
             self.checked = True
             return out
-        pages, aux = self.pages, None if s_aux is None else s_aux.float()
-        return _decode(
-            q, pages.pool.k, pages.pool.v, self.table, lengths.after, self.sink, self.window, self.ring,
-            scale, softcap, aux, model_window, pages.rollback > 0,
-        )  # fmt: skip
+        pages = self.pages
+        pool, before, after = pages.pool, lengths.before, lengths.after
+        aux = None if s_aux is None else s_aux.float()
+        exact = pages.rollback > 0
+        with pool.lock:
+            rows = (pool.k, pool.v, self.table)
+            if not self.replays:
+                _append(k, v, *rows, before, self.sink, self.ring)
+                return _decode(
+                    q, *rows, after, self.sink, self.window, self.ring, scale, softcap, aux, model_window, exact
+                )
+            moving = (
+                k.data_ptr(), v.data_ptr(), q.data_ptr(), before.data_ptr(), after.data_ptr(),
+                0 if aux is None else aux.data_ptr(),
+            )  # fmt: skip
+            # what the launches were worked out from; the addresses of the pages stand for the pool, which may grow
+            form = (
+                q.shape, q.stride(), q.dtype, k.stride(), v.shape, v.stride(), v.dtype, scale, softcap, model_window,
+                exact, rows[0].data_ptr(), rows[1].data_ptr(), pool.num_pages,
+                (moving[0] | moving[1] | moving[2] | moving[5]) % 16,
+            )  # fmt: skip
+            if self.replay is not None and form == self.form and not self.replay.observed():
+                return self.replay(moving, q, lengths.scratch)
+            from segpaged_attention.replay import record  # imports triton, which is there where a GPU is
+
+            self.form = form
+            out, self.replay = record(
+                k, v, q, *rows, before, after, self.sink, self.window, self.ring,
+                scale, softcap, aux, model_window, exact,
+            )  # fmt: skip
+            return out
 
     def prefill(
         self,

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .decode_plan import blocks_of, item_facts, plan, program_of, programs_for, units_of
-from .launching import cdiv, launch, power_of_2
+from .launching import cdiv, launch, power_of_2, scratch
 from .tiles import (
     HIDDEN,
     LOG2E,
@@ -325,12 +325,11 @@ def decode(
     fold = config.fold
     group = q_heads // kv_heads // fold
     num_items = batch * kv_heads * fold
-    # Allocated per call: torch's allocator knows about streams and graphs, a cache of our own would not.
     # A multiple of 4, so that all three are aligned alike whatever the batch size: triton compiles a variant per
     # alignment.
     partials = cdiv((config.programs + num_items) * rows * group, 4) * 4
-    scratch = torch.empty(partials * (v_dim + 2), dtype=torch.float32, device=q.device)
-    acc, maxima, sums = scratch.split([partials * v_dim, partials, partials])
+    memory = scratch(partials * (v_dim + 2), torch.float32, q.device)
+    acc, maxima, sums = memory.split([partials * v_dim, partials, partials])
     # a handful of variants, not one per batch size
     items = next(bound for bound in (32, 256, 2048, 1 << 14, 1 << 17) if num_items <= bound)
     block_v, parts = (32, 256) if num_items <= 32 else (64, 64) if num_items <= 128 else (128, 32)

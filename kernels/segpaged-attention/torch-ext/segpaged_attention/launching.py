@@ -10,6 +10,7 @@ somebody observes (profilers hook in there) take triton's own way.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -26,6 +27,43 @@ def cdiv(x: int, y: int) -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of two that is not below ``n`` (1 or more)."""
     return 1 << (n - 1).bit_length()
+
+
+class Recorder:
+    """What is launched in this thread between entering and leaving, and the scratch memory that was taken for it.
+
+    Attributes:
+        launches: (variant, grid, args) of each launch; variant as in `_variants`.
+        scratch: what `scratch` gave.
+        lost: something was launched in triton's own way, so that ``launches`` is not all of it.
+    """
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[tuple[Any, ...], tuple[int, int, int], tuple[Any, ...]]] = []
+        self.scratch: list[torch.Tensor] = []
+        self.lost = False
+
+    def __enter__(self) -> Recorder:
+        _here.recorder = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _here.recorder = None
+
+
+_here = threading.local()
+
+
+def scratch(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``[count]`` numbers for a launch to compute with, of no meaning before and after it.
+
+    Allocated per call: torch's allocator knows about streams and graphs, a cache of our own would not.
+    """
+    made = torch.empty(count, dtype=dtype, device=device)
+    recorder = getattr(_here, "recorder", None)
+    if recorder is not None:
+        recorder.scratch.append(made)
+    return made
 
 
 _variants: dict[tuple[Any, ...], tuple[Any, Any, Any, tuple[Any, ...]]] = {}
@@ -48,8 +86,11 @@ def launch(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # a model spread over several GPUs does not change the current one
             return launch(kernel, grid, args, constants, options)
-    if not isinstance(kernel, triton.JITFunction) or _observed():
+    recorder = getattr(_here, "recorder", None)
+    if not isinstance(kernel, triton.JITFunction) or observed():
         kernel[grid](*args, **constants, **options)
+        if recorder is not None:
+            recorder.lost = True
         return
     key = (id(kernel), device.index, *constants.values(), *options.items(), *map(_kind, args))
     variant = _variants.get(key)
@@ -58,8 +99,12 @@ def launch(
         if len(_variants) >= _MOST:
             _variants.clear()
         rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        _variants[key] = compiled.run, compiled.function, compiled.packed_metadata, rest
+        variant = _variants[key] = compiled.run, compiled.function, compiled.packed_metadata, rest
+        if recorder is not None:
+            recorder.launches.append((variant, grid, args))
         return
+    if recorder is not None:
+        recorder.launches.append((variant, grid, args))
     run, function, metadata, rest = variant
     stream = triton.runtime.driver.active.get_current_stream(device.index)
     run(*grid, stream, function, metadata, None, None, None, *args, *rest)
@@ -77,6 +122,9 @@ def _kind(argument: Any) -> Any:
     return argument.base.dtype, tuple(argument.block_shape)
 
 
-def _observed() -> bool:
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+def observed() -> bool:
+    """Whether somebody follows triton's launches."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if enter is not None and getattr(enter, "calls", True):
+        return True
+    return leave is not None and bool(getattr(leave, "calls", True))

@@ -330,7 +330,7 @@ def _check_queries(q: Tensor, k_pages: Tensor, block_table: Tensor, s_aux: Tenso
 # operators
 
 
-def _why_not(q: Tensor, k_pages: Tensor, v_pages: Tensor, group: int) -> str | None:
+def why_not(q: Tensor, k_pages: Tensor, v_pages: Tensor, group: int) -> str | None:
     """Why the kernels cannot serve these arguments, or None."""
     _, page_size, head_dim = k_pages.shape
     return _reason(q.device, q.dtype, k_pages.dtype, page_size, head_dim, v_pages.shape[2], group)
@@ -358,7 +358,8 @@ def _launcher(kernel: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f".{module}", __package__), function)
 
 
-def _does_not_fit(error: Exception) -> bool:
+def does_not_fit(error: Exception) -> bool:
+    """Whether a launch failed because the device is smaller than any that the launchers know of."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
 
@@ -375,7 +376,7 @@ def _run(reason: str | None, kernel: str, fallback: Callable[..., Any], args: tu
         try:
             return _launcher(kernel)(*args)
         except Exception as error:
-            if not _does_not_fit(error):
+            if not does_not_fit(error):
                 raise
             reason = f"{kernel.partition(':')[2]} does not fit this GPU: {error}"  # one smaller than any we know of
     support.warn_once(reason)
@@ -383,17 +384,17 @@ def _run(reason: str | None, kernel: str, fallback: Callable[..., Any], args: tu
 
 
 def _append_cuda(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: Any) -> None:
-    reason = _why_not(k_pages, k_pages, v_pages, 1)  # new keys of another dtype are converted, so they need no check
+    reason = why_not(k_pages, k_pages, v_pages, 1)  # new keys of another dtype are converted, so they need no check
     _run(reason, "append_kernel:append", reference.append, (k, v, k_pages, v_pages, *rest))
 
 
 def _decode_cuda(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, *rest: Any) -> Tensor:
-    reason = _why_not(q, k_pages, v_pages, q.shape[1] // block_table.shape[1])
+    reason = why_not(q, k_pages, v_pages, q.shape[1] // block_table.shape[1])
     return _run(reason, "decode_kernel:decode", reference.decode, (q, k_pages, v_pages, block_table, *rest))
 
 
 def _prefill_cuda(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: Any) -> Tensor:
-    reason = _why_not(q, k_pages, v_pages, q.shape[1] // k.shape[1])
+    reason = why_not(q, k_pages, v_pages, q.shape[1] // k.shape[1])
     if reason is None and not (q.dtype == k.dtype == v.dtype):
         reason = f"the chunk's queries, keys and values are {q.dtype}, {k.dtype} and {v.dtype}"
     return _run(reason, "prefill_kernel:prefill", reference.prefill, (q, k, v, k_pages, v_pages, *rest))
@@ -402,7 +403,7 @@ def _prefill_cuda(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Ten
 def _prefill_positions_cuda(
     q: Tensor, q_pos: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, *rest: Any
 ) -> Tensor:
-    reason = _why_not(q, k_pages, v_pages, q.shape[1] // block_table.shape[1])
+    reason = why_not(q, k_pages, v_pages, q.shape[1] // block_table.shape[1])
     args = (q, q_pos, k_pages, v_pages, block_table, *rest)
     return _run(reason, "positions_kernel:prefill_positions", reference.prefill_positions, args)
 
