@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pydoc_data.topics
 import weakref
 
 import numpy as np
@@ -108,6 +109,26 @@ def test_the_real_model_with_all_far_pages_gives_the_global_text(smollm2):
     ):
         texts.append(model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False))
     assert torch.equal(*texts)
+
+
+def test_the_real_model_finds_most_pages_on_the_device(smollm2):
+    """Real text: what was read lately and what came close is what comes next; the text does not depend on it."""
+    model, tokenizer = smollm2
+    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    ids = tokenizer(text[:6000], return_tensors="pt").input_ids[:, :700]
+    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    profile = HeadProfile(layers, heads, [["retrieval"] * heads] * layers, 0, 0)
+    texts, counts = [], []
+    for budget in (None, 0):
+        options = dict(cold="cpu", retrieve=8, near_tokens=64, page_size=16, resident_pages=budget)
+        cache = RedKnotCache(model.config, profile, **options)
+        texts.append(model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False))
+        counts.append(cache.memory_report().far)
+    assert torch.equal(*texts)
+    ahead, latest = counts
+    assert ahead.asked == latest.asked
+    first = ahead.asked / 7  # the first step finds nothing
+    assert ahead.late - first < 0.5 * (latest.late - first) and ahead.late - first < 0.15 * (ahead.asked - first)
 
 
 # -------------------------------------------------------------------------------------------------- picking pages

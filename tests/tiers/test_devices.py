@@ -91,7 +91,34 @@ def test_the_same_pages_are_picked_as_on_the_cpu(model):
     assert_same(found[0][0], found[1][0])
 
 
-@pytest.mark.parametrize("options", [{}, {"cold": "cpu", "near_tokens": 32}])
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+@pytest.mark.parametrize("retrieve", [3, 0.8])
+def test_fetched_ahead_or_late_the_numbers_are_the_same(model, kind, retrieve):
+    """Streams order what is fetched ahead, what is fetched late and what is read, however busy the device is."""
+    profile = retrieval_profile(model.config)
+    found, counts = [], []
+    for budget in (None, 0, 5, 1000):
+        options = dict(cold=kind, retrieve=retrieve, near_tokens=32, resident_pages=budget)
+        cache = make(model, profile, 2, 900, **options)
+        logits = []
+        for step in range(24):
+            if on_gpu(model) and step % 3 == 0:
+                torch.cuda._sleep(5_000_000)
+            logits.append(steps_on(model, cache, 1))
+            if step == 10:
+                cache.reorder_cache(torch.tensor([1, 0]))
+            if step == 15:
+                cache.crop(-6)
+            if step == 20:
+                cache.offload()
+        found.append(torch.cat(logits, 1))
+        counts.append(cache.memory_report().far)
+    assert all(torch.equal(one, found[0]) for one in found[1:])
+    assert counts[1].ahead == 0 < counts[0].ahead and counts[0].late < counts[1].late
+    assert len({one.asked for one in counts}) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"cold": "cpu", "near_tokens": 32}, {"cold": "cpu", "retrieve": 3}])
 def test_offloaded_and_back_bit_by_bit(model, options):
     profile = retrieval_profile(model.config)
     cache = make(model, profile, 2, 2000, **options)

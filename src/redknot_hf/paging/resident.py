@@ -13,6 +13,7 @@ number means the same tokens for as long as no tokens are taken back.
 from __future__ import annotations
 
 import os
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from .pool import _is_out_of_memory, upload
 __all__ = ["FetchCounts", "ResidentPages"]
 
 _workers: dict[torch.device, tuple[ThreadPoolExecutor, torch.cuda.Stream | None]] = {}
+_workers_lock = threading.Lock()
 if hasattr(os, "register_at_fork"):  # threads do not survive in a child process; it starts its own
     os.register_at_fork(after_in_child=_workers.clear)
 
@@ -88,10 +90,7 @@ class ResidentPages:
 
     def _room(self, slots: int, size: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
         with torch.inference_mode(False):  # steps of any mode write into it
-            made = torch.empty(self.heads, slots, size, dim, dtype=dtype, device=self.device)
-        if self.device in _workers and (stream := _workers[self.device][1]) is not None:
-            made.record_stream(stream)
-        return made
+            return torch.empty(self.heads, slots, size, dim, dtype=dtype, device=self.device)
 
     @property
     def nbytes(self) -> int:
@@ -182,13 +181,9 @@ class ResidentPages:
         Whatever the stream of this device was told to do before is done first, so slots that it still reads are safe.
         """
         head, page, slot = placed
-        if self.device not in _workers:
-            made = ThreadPoolExecutor(1, thread_name_prefix="redknot-fetch")
-            on_gpu = self.device.type == "cuda"
-            _workers[self.device] = made, torch.cuda.Stream(self.device) if on_gpu else None
-            for half in (self.k, self.v) if on_gpu else ():
-                half.record_stream(_workers[self.device][1])
-        worker, stream = _workers[self.device]
+        worker, stream = _worker_of(self.device)
+        for half in (self.k, self.v) if stream is not None else ():
+            half.record_stream(stream)  # its memory must not be given away before the copy is done
         ready = None if stream is None else torch.cuda.current_stream(self.device).record_event()
         halves = self.k.flatten(0, 1), self.v.flatten(0, 1)
         into = torch.from_numpy(head * self.slots + slot)
@@ -216,6 +211,14 @@ class ResidentPages:
         self._arrive()
         self._slot_of[:, page:] = -1
         self._page_in[self._page_in >= page] = -1
+
+
+def _worker_of(device: torch.device) -> tuple[ThreadPoolExecutor, torch.cuda.Stream | None]:
+    with _workers_lock:
+        if device not in _workers:
+            stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+            _workers[device] = ThreadPoolExecutor(1, thread_name_prefix="redknot-fetch"), stream
+        return _workers[device]
 
 
 def _copy(

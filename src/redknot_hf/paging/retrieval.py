@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["FarHeads"]
 
+# One spare page of so many is for pages that came close, the others for pages that were read lately. With SmolLM2 and
+# 2,000 tokens of text, a third found as many as a half and moved half the bytes; none at all found 1 % less.
+AHEAD_SHARE = 3
+
 
 class FarHeads:
     """The retrieval heads of one layer.
@@ -131,9 +135,10 @@ class FarHeads:
         if self.budget == 0:
             return 0
         if isinstance(self.pick, int):
-            return max(0, self._slots(self.pick + 1) - self.pick - 1)
-        most = max((row.slots for row in self.resident if row is not None), default=8)
-        return most // 2
+            spare = self._slots(self.pick + 1) - self.pick - 1
+        else:
+            spare = max((row.slots for row in self.resident if row is not None), default=24) // 2
+        return max(0, -(-spare // AHEAD_SHARE))
 
     def _look(self, row: int, table: np.ndarray, chosen: np.ndarray) -> ResidentPages:
         """The resident pages of a row with all that are ``chosen`` among them."""
