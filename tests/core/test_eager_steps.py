@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
+import segpaged_attention.replay
 import torch
 from core_models import assert_same, forward, generate, global_cache, mixed_cache, padded, tiny, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +35,43 @@ def kernels(monkeypatch):
     monkeypatch.setattr(kernel_path, "unavailable", lambda *_: None)
 
 
+@pytest.fixture
+def replays(kernels, monkeypatch):
+    """Layers repeat their steps as on a GPU; what stands for the repeated launches reads memory at the addresses it gets."""
+    made = Counter()
+
+    def record(k, v, q, k_pages, v_pages, table, before, after, sink, window, ring, *scores):
+        def run(k, v, q, before, after):
+            torch.ops.segpaged_attention.append(k, v, k_pages, v_pages, table, before, sink, ring)
+            return torch.ops.segpaged_attention.decode(q, k_pages, v_pages, table, after, sink, window, ring, *scores)
+
+        class Replay:
+            observed = staticmethod(lambda: False)
+
+            def __call__(self, addresses, like, scratch):
+                made["repeated"] += 1
+                return run(*map(at, addresses, (k, v, q, before, after)))
+
+        made["recorded"] += 1
+        return run(k, v, q, before, after), Replay()
+
+    setup = kernel_path.KernelLayer.__init__
+    monkeypatch.setattr(
+        kernel_path.KernelLayer,
+        "__init__",
+        lambda self, pages: (setup(self, pages), vars(self).update(replays=True))[0],
+    )
+    monkeypatch.setattr(segpaged_attention.replay, "record", record)
+    return made
+
+
+def at(address: int, like: torch.Tensor) -> torch.Tensor:
+    """The tensor of the layout of ``like`` that begins at ``address``."""
+    count = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    memory = (ctypes.c_byte * (count * like.element_size())).from_address(address)
+    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
+
+
 class Count(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -49,32 +88,64 @@ def counted(model, cache) -> Counter[str]:
     return count.calls
 
 
+def many_steps(llama, make, rows):
+    """Logits over several pages, with padded rows, and with forks that share pages on the way."""
+    ids, mask = padded([20, 7, 13][:rows])
+    cache = make(llama, page_size=16)
+    parts = [forward(llama, ids, cache, mask)]
+    twin, seen = None, mask
+    for step in range(50):
+        if step == 11:
+            twin = cache.fork()
+        more = tokens(1, rows, seed=step)
+        seen = torch.cat([seen, torch.ones(rows, 1, dtype=seen.dtype)], 1)
+        parts.append(forward(llama, more, cache, seen))
+        if step == 30:
+            parts.append(forward(llama, more, twin, seen[:, : mask.shape[1] + 12]))
+            twin.reset()
+    return parts, cache
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("make", [mixed_cache, global_cache])
-def test_many_steps_equal_the_torch_path(llama, make, rows, monkeypatch):
-    """Over several pages, with padded rows, and with forks that share pages on the way."""
-    ids, mask = padded([20, 7, 13][:rows])
-    runs = []
-    for by_kernels in (False, True):
-        with monkeypatch.context() as patch:
-            if by_kernels:
-                patch.setattr(kernel_path, "unavailable", lambda *_: None)
-            cache = make(llama, page_size=16)
-            parts = [forward(llama, ids, cache, mask)]
-            twin, seen = None, mask
-            for step in range(50):
-                if step == 11:
-                    twin = cache.fork()
-                more = tokens(1, rows, seed=step)
-                seen = torch.cat([seen, torch.ones(rows, 1, dtype=seen.dtype)], 1)
-                parts.append(forward(llama, more, cache, seen))
-                if step == 30:
-                    parts.append(forward(llama, more, twin, seen[:, : mask.shape[1] + 12]))
-                    twin.reset()
-            runs.append(parts)
-            assert (cache.paged_layers[0].kernel is not None) == by_kernels
-    for got, want in zip(*runs, strict=True):
-        torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+@pytest.mark.parametrize("way", ["kernels", "replays"])
+def test_many_steps_equal_the_torch_path(llama, make, rows, way, request):
+    want, cache = many_steps(llama, make, rows)
+    assert cache.paged_layers[0].kernel is None
+    made = request.getfixturevalue(way)
+    got, cache = many_steps(llama, make, rows)
+    assert cache.paged_layers[0].kernel is not None
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=0)
+    if way == "replays":
+        assert made["repeated"] > 60 and made["recorded"] < 80, made
+
+
+def eventful_steps(llama):
+    """Logits while pages come, rows are selected, rollback is asked for, tokens are taken back, and a fork grows the pool."""
+    cache = mixed_cache(llama, page_size=16)
+    parts = [forward(llama, tokens(20, 3), cache)]
+    for step in range(16):
+        parts.append(forward(llama, tokens(1, cache.paged_layers[0].batch_size, seed=step), cache))
+        if step == 4:
+            cache.batch_select_indices(torch.tensor([2, 0]))
+        if step == 6:
+            cache.activate_past_recording()
+        if step == 8:
+            cache.crop(-3)
+        if step == 9:
+            twin = cache.fork()
+        if step == 12:  # what the cache writes to is its own again
+            forward(llama, tokens(400, 2), twin)
+    return parts
+
+
+def test_a_step_is_recorded_again_when_what_it_was_made_from_changes(llama, request):
+    want = eventful_steps(llama)
+    made = request.getfixturevalue("replays")
+    for one, other in zip(eventful_steps(llama), want, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=0)
+    assert made["repeated"] and made["recorded"] > 3 * LAYERS, made
 
 
 def test_generate_takes_the_same_steps(llama, kernels):
