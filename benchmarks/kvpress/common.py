@@ -19,9 +19,9 @@ import torch
 
 
 def load_prompts(path: Path) -> tuple[dict[str, Any], str]:
-    """The prompts file and its sha256: results of both processes carry it, so that they can be told to belong together."""
-    data = path.read_bytes()
-    return json.loads(data), hashlib.sha256(data).hexdigest()
+    """The prompts file and a sha256 of its prompts: results of both processes carry it, to be told to belong together."""
+    data = json.loads(path.read_bytes())
+    return data, hashlib.sha256(json.dumps([data["prompts"], data["calibration"]]).encode()).hexdigest()
 
 
 def load_model(folder: str, implementation: str, device: str, dtype: str) -> Any:
@@ -90,6 +90,12 @@ class Rows:
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def chosen(prompts: list[dict[str, Any]], tasks: str | None) -> list[dict[str, Any]]:
+    """The prompts of the tasks named, separated by commas; None: all. One process per task keeps a GPU busy."""
+    wanted = None if tasks is None else tasks.split(",")
+    return [p for p in prompts if wanted is None or p["task"] in wanted]
 
 
 def contexts(model: Any, prompts: list[dict[str, Any]]) -> torch.Tensor:

@@ -2,9 +2,11 @@
 
     python benchmarks/kvpress/compare.py benchmarks/results/kvpress
 
-Reads ours.jsonl and kvpress.jsonl there, checks that they are of the same prompts, and writes results.csv, results.json
-and table.md. Accuracy with Wilson's 95 % interval, KL with a bootstrap's. "difference" is ours minus the other's on the
-same prompts, with a bootstrap interval: where it excludes 0 one of the two is ahead. No row is left out.
+Reads ours.jsonl and kvpress.jsonl there (each may be several runs' files joined), checks that they are of the same
+prompts, and writes results.csv, results.json and table.md. Accuracy with Wilson's 95 % interval, KL with a bootstrap's.
+"difference" is ours minus the other's on the same prompts, with a bootstrap interval: where it excludes 0 one of the two
+is ahead. The first table compares at equal allocated bytes: a press that masks keys but keeps them is compared with ours
+at the dense bytes. No row is left out.
 """
 
 from __future__ import annotations
@@ -24,8 +26,17 @@ OURS = "ours"
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and rows. Of joined files: the first header, with the commands of all."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return lines[0], lines[1:]
+    heads = [line for line in lines if "prompts" in line]
+    for head in heads:
+        for what in ("prompts", "device", "dtype", "versions"):
+            if head.get(what) != heads[0].get(what):
+                raise SystemExit(f"{path}: joined of runs with different {what}")
+    commands = list(dict.fromkeys(head["command"] for head in heads if "command" in head))
+    notes = {key: note for head in heads for key, note in head.get("notes", {}).items()}
+    head = {**heads[0], "command": "; ".join(commands), **({"notes": notes} if notes else {})}
+    return head, [line for line in lines if "prompts" not in line]
 
 
 def difference(ours: dict[int, float], other: dict[int, float], draws: int = 2000) -> tuple[float, float, float]:
@@ -84,6 +95,79 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def equal_bytes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every press against ours at the bytes that the press allocates: one entry per press, level and measure.
+
+    Returns:
+        Dictionaries: press, level, allocated (share of the dense cache, of the press and of ours), measure, n, ours, theirs
+        (means over the prompts that both have), ahead ("ours", "theirs" or "even", by the paired interval), and whether
+        ours is at least as good by its mean.
+    """
+    of: dict[tuple[str, float, str], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        if row["task"] in TITLES and "error" not in row:
+            of.setdefault((row["method"], row["level"], row["task"]), {})[row["index"]] = row
+    found = []
+    for (press, level, task), theirs in sorted(of.items(), key=lambda item: (-item[0][1], item[0][0])):
+        if press.startswith(OURS) or press == "full":
+            continue
+        allocated = statistics.fmean(r["allocated"] / r["dense"] for r in theirs.values())
+        partner = level if allocated < 0.99 else 1.0
+        mine = of.get((OURS, partner, task), {})
+        both = sorted(mine.keys() & theirs.keys())
+        if not both:
+            continue
+        for what in ("kl",) if task == "ppl" else ("hit", "kl"):
+            a, b = ({i: float(rows_of[i][what]) for i in both} for rows_of in (mine, theirs))
+            mean, low, high = difference(a, b)
+            better = mean <= 0 if what == "kl" else mean >= 0
+            entry = {
+                "press": press, "level": level, "allocated": allocated,
+                "allocated_ours": statistics.fmean(mine[i]["allocated"] / mine[i]["dense"] for i in both),
+                "measure": f"{TITLES[task]} {'KL' if what == 'kl' else 'found'}", "n": len(both),
+                "ours": statistics.fmean(a.values()), "theirs": statistics.fmean(b.values()),
+                "ahead": verdict(low, high, what == "kl"), "at_least_as_good": better,
+            }  # fmt: skip
+            found.append({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in entry.items()})
+    return found
+
+
+MEASURES = ("needle found", "key-value found", "needle KL", "key-value KL", "text KL")
+
+
+def bar(found: list[dict[str, Any]]) -> list[str]:
+    """The table of `equal_bytes`: ours / theirs, in bold where theirs is better by the mean, and who is ahead."""
+    lines = [
+        "At equal allocated bytes, ours / theirs on the same prompts, and who is ahead where the paired 95 % interval says "
+        "so. **Bold: the mean of theirs is better.**",
+        "",
+        "| press | keys visible | allocated, ours / theirs | " + " | ".join(MEASURES) + " |",
+        "|---" * (len(MEASURES) + 3) + "|",
+    ]
+    for press, level in dict.fromkeys((e["press"], e["level"]) for e in found):
+        of = {e["measure"]: e for e in found if (e["press"], e["level"]) == (press, level)}
+        first = next(iter(of.values()))
+        cells = [press, f"{level:.0%}", f"{first['allocated_ours']:.0%} / {first['allocated']:.0%}"]
+        for measure in MEASURES:
+            e = of.get(measure)
+            if e is None:
+                cells.append("-")
+                continue
+            form = "{:.2f} / {:.2f}" if measure.endswith("found") else "{:.3f} / {:.3f}"
+            text = f"{form.format(e['ours'], e['theirs'])}, {e['ahead']}"
+            cells.append(text if e["at_least_as_good"] else f"**{text}**")
+        lines.append("| " + " | ".join(cells) + " |")
+    worse = [e for e in found if not e["at_least_as_good"]]
+    behind = sum(e["ahead"] == "theirs" for e in worse)
+    lines += [
+        "",
+        f"Of {len(found)} comparisons ours is at least as good by the mean in {len(found) - len(worse)}; "
+        f"in {behind} of the other {len(worse)} the interval says that theirs is ahead.",
+        "",
+    ]
+    return lines
+
+
 def markdown(entries: list[dict[str, Any]], padded: list[dict[str, Any]], heads: list[dict[str, Any]]) -> str:
     lines = []
     for level in sorted({e["level"] for e in entries}, reverse=True):
@@ -94,7 +178,7 @@ def markdown(entries: list[dict[str, Any]], padded: list[dict[str, Any]], heads:
             if level < 1
             else "The full cache, and ours with every head global:",
             "",
-            "| method | allocated | visible | needle | key-value | KL needle | KL key-value | KL text | ahead of it |",
+            "| method | allocated | visible | needle | key-value | KL needle | KL key-value | KL text | ahead, same keys visible |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for method in methods:
@@ -174,10 +258,12 @@ def main() -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(entries)
-    text = markdown(entries, padded, [ours_head, their_head, *padded_heads])
+    equal = equal_bytes(rows)
+    text = "\n".join(bar(equal)) + "\n" + markdown(entries, padded, [ours_head, their_head, *padded_heads])
     found = {
         "full_caches": {"prompts": len(done), "answered_differently": len(apart), "largest_nll_difference": gap},
-        "ours": ours_head, "kvpress": their_head, "results": entries, "padded": padded, "errors": errors,
+        "ours": ours_head, "kvpress": their_head, "equal_allocated_bytes": equal, "results": entries,
+        "padded": padded, "errors": errors,
     }  # fmt: skip
     (args.folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     (args.folder / "table.md").write_text(text)

@@ -43,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import (  # noqa: E402
     Rows,
     batches,
+    chosen,
     contexts,
     device_name,
     load_model,
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kvpress"))
     parser.add_argument("--only-padded", action="store_true", help="the padded batch alone")
+    parser.add_argument("--tasks", help="some of single,kv_short,ppl (default: all), without the padded batch")
     parser.add_argument("--batch", type=int, default=1, help="prompts at a time (25 on a GPU)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -172,7 +174,7 @@ def main() -> None:
     long = next(p for p in data["prompts"] if p["task"] == "single")
     short = next(p for p in data["prompts"] if p["task"] == "kv_short")
     for name in names[0.5]:
-        if ("padded", 0, name, 0.5) in rows.have:
+        if args.tasks or ("padded", 0, name, 0.5) in rows.have:
             continue
 
         def read(ids: torch.Tensor, mask: torch.Tensor | None, name: str = name) -> Any:
@@ -187,7 +189,7 @@ def main() -> None:
         except Exception as error:  # whatever a press raises is the result
             found = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
         rows.add(task="padded", index=0, method=name, level=0.5, **found)
-    for group in [] if args.only_padded else batches(data["prompts"], args.batch):
+    for group in [] if args.only_padded else batches(chosen(data["prompts"], args.tasks), args.batch):
         measure(rows, model, group, reachable(len(group[0]["context"])))
 
 

@@ -6,12 +6,13 @@
 
 "ours" is the head profile shipped for the model, its windows fitted so that what the cache *allocates* (slabs, page
 tables, free pages) is at most the level: 35 % and 50 % of the dense cache. Once with prefill="full" (as kvpress prunes:
-after a dense prefill), once with prefill="windowed" (the default).
+after a dense prefill), once with prefill="windowed" (the default). Level 100 % stands beside presses that keep every key.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import sys
@@ -22,7 +23,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import Rows, batches, contexts, device_name, load_model, load_prompts, measure, padded_case
+from common import Rows, batches, chosen, contexts, device_name, load_model, load_prompts, measure, padded_case
 
 import redknot_hf
 from redknot_hf import HeadProfile, RedKnotCache
@@ -32,6 +33,7 @@ from redknot_hf.eval.prompts import PromptMaker
 from redknot_hf.eval.tasks import make_examples
 
 LEVELS = (0.35, 0.5)
+SHIPPED = "SmolLM2-135M-Instruct"
 PAGE = 16  # small pages: less is lost by rounding up, and this comparison is about bytes
 
 
@@ -60,7 +62,7 @@ def write_prompts(args: argparse.Namespace) -> None:
     # One of each in turn: a run that is stopped early has some of each.
     prompts.sort(key=lambda prompt: prompt["index"])
     pieces = [] if args.calibration is None else _pieces("".join(read_texts(args.calibration)))
-    shipped = HeadProfile.load("SmolLM2-135M-Instruct")
+    shipped = HeadProfile.load(args.profile)
     whole = shipped.num_layers * shipped.num_kv_heads - shipped.count("local")
     map_ = {"scores": shipped.metadata["scores"]["gate"], "whole": whole}
     args.write_prompts.write_text(json.dumps({"gates": map_, "prompts": prompts, "calibration": pieces}))
@@ -73,9 +75,11 @@ def _pieces(text: str, count: int = 50, characters: int = 2000) -> list[str]:
     return [text[i * step : i * step + characters] for i in range(count)]
 
 
-def profile_at(model: Any, level: float, tokens: int, batch: int, prefill: str) -> HeadProfile:
-    """The shipped profile, windows fitted to allocate at most ``level`` of the dense bytes of ``batch`` x ``tokens``."""
-    shipped = HeadProfile.load("SmolLM2-135M-Instruct")
+def profile_at(
+    model: Any, level: float, tokens: int, batch: int, prefill: str, shipped: HeadProfile | None = None
+) -> HeadProfile:
+    """A profile, windows fitted to allocate at most ``level`` of the dense bytes of ``batch`` x ``tokens``."""
+    shipped = shipped or HeadProfile.load(SHIPPED)
     dense = shipped.dense_kv_bytes(tokens, batch, dtype=model.dtype)
     row = torch.zeros(batch, shipped.num_kv_heads, tokens, model.config.head_dim, dtype=model.dtype)
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=model.device)
@@ -104,7 +108,9 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=24)
     parser.add_argument("--text-n", type=int, default=12)
     parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--profile", default=SHIPPED, help="head profile of ours (default: the one shipped)")
     parser.add_argument("--only-padded", action="store_true", help="the padded batch alone")
+    parser.add_argument("--tasks", help="some of single,kv_short,ppl (default: all), without the padded batch")
     parser.add_argument("--batch", type=int, default=1, help="prompts at a time (25 on a GPU)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -114,8 +120,11 @@ def main() -> None:
         return
     data, digest = load_prompts(args.prompts)
     model = load_model(args.model, "redknot", args.device, args.dtype)
+    own = HeadProfile.load(args.profile)
+    cells = json.dumps([own.head_class, own.sink, own.window])
     head = {
         "prompts": digest,
+        "profile": hashlib.sha256(cells.encode()).hexdigest()[:16],  # as `redknot eval` names it
         "command": "python benchmarks/kvpress/run_ours.py " + " ".join(sys.argv[1:]),
         "device": device_name(model),
         "dtype": args.dtype,
@@ -131,7 +140,7 @@ def main() -> None:
         def read(group: list[dict[str, Any]]) -> tuple[Any, int, int]:
             key = (level, len(group[0]["context"]), len(group), prefill)
             if key not in profiles:
-                profiles[key] = profile_at(model, *key)
+                profiles[key] = profile_at(model, *key, own)
             cache = RedKnotCache(model.config, profiles[key], prefill=prefill, page_size=PAGE)
             model(contexts(model, group), past_key_values=cache, use_cache=True, logits_to_keep=1)
             report = cache.memory_report()
@@ -150,10 +159,12 @@ def main() -> None:
     for level in LEVELS:
         methods.append(("ours", level, reader(level, "full")))
         methods.append(("ours, windowed prefill", level, reader(level, "windowed")))
+    # The dense bytes, page tables included, are what the presses that only mask keys allocate.
+    methods.append(("ours", 1.0, reader(1.0, "full")))
     long = next(p for p in data["prompts"] if p["task"] == "single")
     short = next(p for p in data["prompts"] if p["task"] == "kv_short")
-    for prefill in ("full", "windowed"):
-        profile = profile_at(model, 0.5, len(long["context"]), 1, prefill)
+    for prefill in () if args.tasks else ("full", "windowed"):
+        profile = profile_at(model, 0.5, len(long["context"]), 1, prefill, own)
 
         def read(ids: torch.Tensor, mask: torch.Tensor | None, profile: Any = profile, prefill: str = prefill) -> Any:
             cache = RedKnotCache(model.config, profile, prefill=prefill, page_size=PAGE)
@@ -164,7 +175,7 @@ def main() -> None:
         name = "ours" if prefill == "full" else "ours, windowed prefill"
         if ("padded", 0, name, 0.5) not in rows.have:
             rows.add(task="padded", index=0, method=name, level=0.5, **padded_case(model, long, short, read))
-    for group in [] if args.only_padded else batches(data["prompts"], args.batch):
+    for group in [] if args.only_padded else batches(chosen(data["prompts"], args.tasks), args.batch):
         measure(rows, model, group, methods)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from redknot_hf import HeadProfile, RedKnotCache
 from redknot_hf.cli import main
@@ -134,3 +135,29 @@ def test_prefill_still_runs(tiny_folder, profile, tmp_path, capsys):
         main(["bench", "prefill", tiny_folder, "--profile", path, "--tokens", "200", "--repeats", "1", "--json"]) == 0
     )
     assert json.loads(capsys.readouterr().out)["tokens"] == 200
+
+
+def test_a_folder_of_any_name_gets_the_profile_of_its_architecture(tmp_path):
+    """By the name first; a folder whose name is no model's by its config, which the source says; a Hub id never."""
+    from redknot_hf.commands._models import find_profile
+
+    shape = {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
+    }  # fmt: skip
+    shipped = HeadProfile.load("SmolLM2-135M-Instruct")
+
+    def found(name, **other):
+        config = LlamaConfig(**{**shape, **other})
+        config._name_or_path = name
+        return find_profile(None, SimpleNamespace(config=config), name)
+
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "SmolLM2-135M-Instruct").mkdir()
+    profile, source = found(str(tmp_path / "hf"))
+    assert profile == shipped
+    assert source == "shipped for SmolLM2-135M-Instruct, whose architecture the folder's config has"
+    assert found(str(tmp_path / "SmolLM2-135M-Instruct")) == (shipped, "shipped for this model")
+    assert found(str(tmp_path / "hf"), intermediate_size=1024) == (None, "none")
+    assert found("someone/fine-tuned") == (None, "none")
+    assert find_profile(None, SimpleNamespace(config=LlamaConfig(**shape)), None)[0] == shipped

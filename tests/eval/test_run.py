@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from redknot_hf import HeadProfile, RedKnotCache
-from redknot_hf.errors import RedKnotError
+from redknot_hf.errors import PoolExhausted, RedKnotError
 from redknot_hf.eval import Evaluation, evaluate
 from redknot_hf.eval.generate import answer
 from redknot_hf.eval.methods import Method, build_methods
@@ -201,3 +201,37 @@ def test_every_row_is_json(tiny_model, byte_tokenizer, profile, tmp_path):
     evaluate(tiny_model, byte_tokenizer, profile, small(tasks=("kv_short",), n=1), tmp_path / "rows")
     for line in (tmp_path / "rows").read_text().splitlines():
         json.loads(line)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, PoolExhausted])
+def test_a_batch_too_large_for_the_device_is_made_in_halves(
+    tiny_model, byte_tokenizer, profile, tmp_path, monkeypatch, error
+):
+    """The same rows as without batches, in the order of the prompts; a single prompt that does not fit is an error."""
+    from redknot_hf.eval import run
+
+    alone = evaluate(tiny_model, byte_tokenizer, profile, small(n=5), tmp_path / "alone.jsonl")
+    room = 2
+
+    def short(real):
+        def made(*args):
+            group = next(a for a in args if isinstance(a, (list, tuple)) and a)
+            if len(group) > room:
+                raise error("no room")
+            return real(*args)
+
+        return made
+
+    for name in ("answer", "continue_text"):
+        monkeypatch.setattr(run, name, short(getattr(run, name)))
+    rows = evaluate(tiny_model, byte_tokenizer, profile, small(n=5, batch_tokens=5 * TOKENS), tmp_path / "batch.jsonl")
+    of = {(r["task"], r["method"], r["index"]): r for r in rows}
+    assert len(of) == len(rows) == len(alone)
+    for row in alone:
+        other = of[row["task"], row["method"], row["index"]]
+        assert other["score"] == pytest.approx(row["score"], abs=1e-4), row
+        assert other.get("answer") == row.get("answer")
+    assert [r["index"] for r in rows if (r["task"], r["method"]) == ("single", "ours")] == list(range(5))
+    room = 0
+    with pytest.raises(error, match="no room"):
+        evaluate(tiny_model, byte_tokenizer, profile, small(n=1), tmp_path / "none.jsonl")

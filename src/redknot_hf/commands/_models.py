@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RedKnotError, shorten
@@ -77,15 +78,38 @@ def load_model(
 
 
 def find_profile(given: str | None, model: Any, name: str | None) -> tuple[HeadProfile | None, str]:
-    """(profile, where it is from): --profile, else the one shipped for the model, else None."""
+    """(profile, where it is from): --profile, else the one shipped for the model, else None.
+
+    A folder may be called anything. Where its name is no model's, the profile whose recorded architecture is exactly the
+    folder's is taken, and the source says so: weights of the same shape but of another training match, too. (A
+    `RedKnotCache` without a profile goes by the name alone: it prints no source that a user could read.)
+    """
     from ..heads import HeadProfile, find_shipped
 
     if given:
         profile = HeadProfile.load(given)
         profile.validate_for(model.config)
         return profile, given
-    shipped = find_shipped(model.config) if name is not None else HeadProfile.load("SmolLM2-135M-Instruct")
-    if shipped is None:
+    if name is None:
+        from ..demo_model import MODEL_NAME
+
+        shipped, source = HeadProfile.load(MODEL_NAME), f"shipped for {MODEL_NAME}"
+    elif (found := find_shipped(model.config)) is not None:
+        shipped, source = found, "shipped for this model"
+    elif Path(name).is_dir() and (alike := _shipped_for_shape(model.config)) is not None:
+        shipped, known = alike
+        source = f"shipped for {known}, whose architecture the folder's config has"
+    else:
         return None, "none"
     shipped.validate_for(model.config)
-    return shipped, "shipped for this model"
+    return shipped, source
+
+
+def _shipped_for_shape(config: Any) -> tuple[HeadProfile, str] | None:
+    """The only shipped profile made for exactly this architecture, and its model's name; None if there are several."""
+    from ..heads import HeadProfile, config_hash, shipped_names
+
+    wanted = config_hash(config)
+    loaded = ((HeadProfile.load(name), name) for name in shipped_names())
+    found = [pair for pair in loaded if pair[0].metadata.get("config_hash") == wanted]
+    return found[0] if len(found) == 1 else None

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..errors import RedKnotError, shorten
+from ..errors import PoolExhausted, RedKnotError, shorten
 from ..heads import HeadProfile
 from ..heads.model_shape import text_config
 from .documents import Question
@@ -45,7 +45,8 @@ class Evaluation:
         page_size: tokens per page.
         seed: of prompts and random maps.
         chat: use the tokenizer's chat template.
-        batch_tokens: context tokens per batch; 0 for one prompt at a time.
+        batch_tokens: context tokens per batch; 0 for one prompt at a time. A batch that does not fit into the memory of
+            the device is made in halves.
         texts: haystack and perplexity texts; None for made-up prose.
         questions: of the task "qa".
     """
@@ -174,21 +175,53 @@ def _rows(
     if not missing:
         return
     if TASKS[name].score is None:
-        yield from _text_rows(model, group, methods, missing)
+        yield from _in_parts(group, lambda part: list(_text_rows(model, part, methods, missing)))
         return
     score = TASKS[name].score
     assert score is not None
     for method in missing:
-        found = answer(model, tokenizer, group, method)
-        for example, text in zip(group, found.texts, strict=True):
-            row: dict[str, Any] = {
-                "method": method.name,
-                "index": example.index,
-                "score": score(text, example.references),
-            }
-            if name == "qa":
-                row["f1"] = token_f1(text, example.references)
-            yield {
+        yield from _in_parts(group, lambda part: _answer_rows(model, tokenizer, name, part, method, score))  # noqa: B023
+
+
+def _in_parts(
+    group: Sequence[Example], make: Callable[[Sequence[Example]], list[dict[str, Any]]]
+) -> Iterable[dict[str, Any]]:
+    """Rows of the whole group, made in halves (and these in halves) where the device has no memory for all at once."""
+    parts = [group]
+    while parts:
+        part = parts.pop(0)
+        rows: list[dict[str, Any]] = []
+        try:
+            rows = make(part)
+        except (torch.OutOfMemoryError, PoolExhausted):
+            if len(part) == 1:
+                raise
+            parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
+        if not rows and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # only here: the exception no longer holds on to the batch's tensors
+        yield from rows
+
+
+def _answer_rows(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    group: Sequence[Example],
+    method: Method,
+    score: Callable[[str, Sequence[str]], float],
+) -> list[dict[str, Any]]:
+    found = answer(model, tokenizer, group, method)
+    rows = []
+    for example, text in zip(group, found.texts, strict=True):
+        row: dict[str, Any] = {
+            "method": method.name,
+            "index": example.index,
+            "score": score(text, example.references),
+        }
+        if name == "qa":
+            row["f1"] = token_f1(text, example.references)
+        rows.append(
+            {
                 **row,
                 "answer": text[:300],
                 "references": list(example.references),
@@ -198,6 +231,8 @@ def _rows(
                 "decode_s": round(found.decode_s, 6),
                 "tokens": found.tokens,
             }
+        )
+    return rows
 
 
 def _text_rows(
