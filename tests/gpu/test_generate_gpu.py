@@ -139,6 +139,39 @@ def test_no_host_synchronisation_in_a_decode_step(static: bool) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_repeated_launches_give_what_the_operators_give(rows: int, dtype: torch.dtype) -> None:
+    """Over many pages, with a fork that shares them for a while, and with steps on a stream of their own."""
+    tiny = bigger(dtype)
+    profile = HeadProfile.uniform(tiny.config, sink=4, window=64, global_heads={(0, 0), (2, 1)})
+    ids, mask = prompt(rows, 200, device="cuda")
+    runs: list[list[torch.Tensor]] = []
+    for repeat in (True, False):
+        cache = RedKnotCache(tiny.config, profile, page_size=16)
+        logits, other, repeated = [], torch.cuda.Stream(), 0
+        with torch.no_grad():
+            tiny(ids, attention_mask=mask, past_key_values=cache)
+            for step in range(60):
+                if not repeat:
+                    for layer in cache.paged_layers:
+                        layer.kernel.replays = False
+                stream = other if 20 <= step < 30 else torch.cuda.current_stream()
+                torch.cuda.synchronize()
+                with torch.cuda.stream(stream):
+                    got = tiny(ids[:, step : step + 1], past_key_values=cache, position_ids=mask.sum(1)[:, None] + step)
+                torch.cuda.synchronize()
+                logits.append(got.logits)
+                repeated += all(layer.kernel.replay is not None for layer in cache.paged_layers)
+                if step == 40:
+                    fork = cache.fork()
+        runs.append(logits)
+        assert repeated > 40 if repeat else repeated == 0, repeated
+        assert fork.get_seq_length() == 241
+    for one, same in zip(*runs, strict=True):
+        assert torch.equal(one, same)
+
+
 def test_left_padded_batch_equals_single_rows() -> None:
     tiny = bigger(torch.float32)
     profile = HeadProfile.uniform(tiny.config, sink=4, window=64, global_heads={(0, 0), (2, 1)})
