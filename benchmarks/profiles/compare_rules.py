@@ -6,11 +6,10 @@ Calibration: as `profile_heads` does it, on WikiText-2's validation set (or with
 the same prompts for every rule. Evaluation: other text (Wikipedia articles and WikiText-2's test set) and other
 needles.
 Two modes: "full" prefills with full attention and evicts before the question (contexts' KV is shared by all maps, so
-this is cheap); "windowed" applies the windows while prefilling, on all 2K needles, half of the texts and half of the
-4K needles. Local heads of every map keep 4 + 256 tokens on average. Results are rewritten after every map, so an
-interrupted run leaves what it has. No network.
+this is cheap); "windowed" applies the windows while prefilling, on all 2K prompts and half of the 4K needles. Local heads of every map keep 4 + 256 tokens on average, then 4 + 512: at one budget all rules keep the same bytes.
+Results are rewritten as they come and --resume continues, so an interrupted run leaves what it has. No network.
 
-Written: results.json, results.csv, rows.json (per prompt), rules.png, and the profile SmolLM2-135M-Instruct.json.
+Written: results.json, results.csv, rows.json (per prompt), maps.json (every map), rules.png, and ours as profile files.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ import random
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +35,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import rules
 from plot_rules import plot
 
+from redknot_hf.heads.profile import HeadProfile
 from redknot_hf.heads.profiler.checkpoint import Checkpoint
 from redknot_hf.heads.profiler.choose import select_profile
-from redknot_hf.heads.profiler.collect import Workload, batches, build_prompts, frozen, measure_heads, workload
+from redknot_hf.heads.profiler.collect import (
+    Measured,
+    Workload,
+    batches,
+    build_prompts,
+    frozen,
+    measure_heads,
+    workload,
+)
 from redknot_hf.heads.profiler.intercept import decoder_layout
 from redknot_hf.heads.profiler.many_maps import map_rows
 from redknot_hf.heads.profiler.objective import Objective
@@ -50,6 +57,9 @@ from redknot_hf.heads.profiler.validation import Prompts, Row, full_reference, s
 from redknot_hf.heads.profiler.visibility import HeadMap
 
 KINDS = ("passkey", "number", "lookup")
+FIRST = ("all global", "all local", "ours")
+MAIN = ("gates", "ablation", "ablation (text)", "retrieval score", "output error (text)", "attention mass", "random 1")
+"""Rules that are evaluated before the others where time may end."""
 WINDOWS = (64, 128, 256, 512, 1024)
 """Window sizes that ours may give a local head; the mean is that of all other rules."""
 
@@ -119,7 +129,7 @@ def main() -> None:
     )
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--n", type=int, default=100, help="needle prompts per context length")
     parser.add_argument("--texts", type=int, default=100, help="text prompts")
     parser.add_argument("--contexts", type=int, nargs=2, default=[2048, 4096], help="tokens, short and long")
@@ -129,12 +139,14 @@ def main() -> None:
         "--calibration", type=int, help="retrieval prompts of the calibration (default: the profiler's)"
     )
     parser.add_argument("--made-up", action="store_true", help="calibrate on the text that comes with the package")
+    parser.add_argument("--gate-steps", type=int, help="steps of the gate optimisation (default: the profiler's)")
+    parser.add_argument("--windows", type=int, nargs="+", default=[256, 512], help="tokens per local head on average")
     parser.add_argument(
-        "--gate-steps", type=int, help="steps of the gate optimisation (default 64 on a CPU, 200 on a GPU)"
+        "--profile", type=Path, nargs="*", default=[], help="profile files to evaluate beside the rules"
     )
-    parser.add_argument("--batch-tokens", type=int, default=51_200, help="context tokens per batch on a GPU")
+    parser.add_argument("--resume", type=Path, help="folder of an interrupted run: its maps and rows are taken over")
+    parser.add_argument("--batch-tokens", type=int, default=102_400, help="context tokens per batch on a GPU")
     parser.add_argument("--max-seconds", type=float, default=360, help="start no new map after this time")
-    parser.add_argument("--profile-budget", type=float, default=0.25)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log()
@@ -155,28 +167,40 @@ def main() -> None:
     )
 
     with frozen(model):
-        measured, ablation, profiles, load, gate_steps = calibrate(model, tokenizer, layout, args, log)
-        maps = head_maps(layout, measured, ablation, profiles, args)
-        measured.prompts.clear()
-        sets = references(model, evaluation_sets(tokenizer, read_texts(args.data, "test"), args), args, log)
-        run(model, layout, maps, profiles, sets, args, log, load, gate_steps)
+        comparison = Comparison(model, tokenizer, layout, args, log)
+        comparison.run()
 
 
-def calibrate(model: Any, tokenizer: Any, layout: Any, args: argparse.Namespace, log: Log):
-    """The profiler's own measurements, single-head ablation for the rules of that name, and ours at every budget.
+@dataclasses.dataclass
+class Calibration:
+    """What all rules are computed from: the profiler's own measurements and the prompts of its search.
 
-    Ablation is measured on the prompts of our search; the other rules need gradients or scores of the scored pass.
+    The other rules need gradients or scores of the scored pass; single-head ablation is measured on the search's prompts.
     """
+
+    load: Workload
+    measured: Measured
+    prompts: list[Prompts]
+    environment: dict[str, Any]
+
+
+def calibrate(model: Any, tokenizer: Any, layout: Any, args: argparse.Namespace, log: Log) -> Calibration:
     device = next(model.parameters()).device
     context = args.contexts[0]
-    load: Workload = workload(device, context, args.calibration, sum(p.numel() for p in model.parameters()))
-    steps = args.gate_steps or (64 if device.type == "cpu" else 200)
+    load = workload(device, context, args.calibration, sum(p.numel() for p in model.parameters()))
+    steps = args.gate_steps or load.gate_steps
+    environment = {
+        "model": args.model, "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
+        "dtype": args.dtype, "torch": torch.__version__, "transformers": transformers.__version__,
+        "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv),
+        "calibration": {**load.__dict__, "gate_steps": steps, "context": context},
+    }  # fmt: skip
     source = None if args.made_up else read_texts(args.data, "valid")
     needles, texts = build_prompts(tokenizer, source, "profile", load.needles, load.texts, context, load.rows, 0)
     measured = measure_heads(
         model, layout, needles, texts, load, sink=rules.SINK, windows=WINDOWS,
-        gate_window=rules.WINDOW, gate_steps=steps, gate_weight=5.0, seed=0, checkpoint=Checkpoint(args.out /
-        "calibration.safetensors", "comparison"), progress=log,
+        gate_window=rules.WINDOW, gate_steps=steps, gate_weight=5.0, seed=0, checkpoint=Checkpoint(None, ""),
+        progress=log,
     )  # fmt: skip
     log("calibrated on", len(needles), "needles and", len(texts), "texts,", steps, "gate steps")
     prompts = measured.prompts
@@ -187,9 +211,17 @@ def calibrate(model: Any, tokenizer: Any, layout: Any, args: argparse.Namespace,
         )  # fmt: skip
         groups = [*batches(fresh[0], load.batch), *batches(fresh[1], load.batch)]
         prompts = [full_reference(model, collate(group, device)) for group in groups]
-    ablation = rules.ablate(model, layout, prompts)
-    log("ablated", len(ablation[0]), "heads on", sum(len(prompt.batch) for prompt in prompts), "prompts")
-    profiles: dict[str, dict[float, Any]] = {}
+    return Calibration(load, measured, prompts, environment)
+
+
+def choose_maps(
+    model: Any, layout: Any, calibration: Calibration, window: int, args: argparse.Namespace, log: Log
+) -> list[dict[str, Any]]:
+    """Every map to compare whose local heads have `window` tokens on average."""
+    load, prompts = calibration.load, calibration.prompts
+    cells = len(layout.layers) * layout.num_kv_heads
+    whole = HeadMap.uniform(layout.num_layers, layout.num_kv_heads, rules.SINK, 2**30)
+    found = [entry("all global", 1.0, window, mode, whole) for mode in args.modes if window == args.windows[0]]
     known: dict[Any, Any] = {}
     for mode in args.modes:
         search = remembering(known, search_on(
@@ -197,12 +229,34 @@ def calibrate(model: Any, tokenizer: Any, layout: Any, args: argparse.Namespace,
             sketches=load.search_sketches, seed=0, mode=mode, rounds=load.rounds, lengths=load.lengths,
             singles=load.singles,
         ))  # fmt: skip
-        profiles[mode] = {
-            b: select_profile(model.config, layout, measured, budget=b, search=search) for b in args.budgets
-        }
-        for budget, profile in profiles[mode].items():
-            log(f"ours at {budget:.0%}, {mode}:", json.dumps(profile.metadata["selection"]))
-    return measured, ablation, profiles, load, steps
+        for budget in args.budgets:
+            profile = select_profile(
+                model.config, layout, calibration.measured, budget=budget, mean_window=window, search=search
+            )
+            log(f"ours at {budget:.0%}, {window}, {mode}:", json.dumps(profile.metadata["selection"]))
+            name = f"{mode}-{window}-{round(100 * budget)}.json"
+            profile.metadata.update(
+                seed=0, prefill=mode, device=calibration.environment["device"], dtype=args.dtype
+            )  # fmt: skip
+            profile.save(args.out / name)
+            found.append(entry("ours", budget, window, mode, HeadMap.from_profile(profile), name))
+    ablation = rules.ablate(model, layout, prompts, window)
+    log("ablated", len(ablation[0]), "heads on", sum(len(prompt.batch) for prompt in prompts), "prompts")
+    for rule, order in ({"all local": []} | rules.orders(calibration.measured, layout, ablation, window)).items():
+        for budget in args.budgets if order else [0.0]:
+            visible = rules.uniform_map(layout, order[: round(budget * cells)], window)
+            found += [entry(rule, budget, window, mode, visible) for mode in args.modes]
+    return found
+
+
+def entry(
+    rule: str, budget: float, window: int, mode: str, visible: HeadMap, profile: str | None = None
+) -> dict[str, Any]:
+    """One map to compare, as JSON."""
+    return {
+        "rule": rule, "budget": budget, "window": window, "mode": mode, "profile": profile,
+        "map": {"sink": visible.sink, "window": visible.window},
+    }  # fmt: skip
 
 
 def remembering(known: dict[Any, Any], search: Search) -> Search:
@@ -224,93 +278,119 @@ def remembering(known: dict[Any, Any], search: Search) -> Search:
     return dataclasses.replace(search, cost=cost, expand=expand)
 
 
-def head_maps(
-    layout: Any, measured: Any, ablation: Any, profiles: dict[str, dict[float, Any]], args: argparse.Namespace
-) -> dict[str, list[tuple[str, float, HeadMap]]]:
-    """By mode: (rule, budget, map), the most telling first. Only ours depends on the mode."""
-    cells = len(layout.layers) * layout.num_kv_heads
-    by_rule = rules.orders(measured, layout, ablation)
-    found: dict[str, list[tuple[str, float, HeadMap]]] = {}
-    for mode in args.modes:
-        maps = [("all global", 1.0, HeadMap.uniform(layout.num_layers, layout.num_kv_heads, rules.SINK, 2**30))]
-        maps.append(("all local", 0.0, rules.uniform_map(layout, [])))
-        for rule in rules.RULES:
-            for budget in args.budgets:
-                if rule == "ours":
-                    visible = HeadMap.from_profile(profiles[mode][budget])
-                else:
-                    visible = rules.uniform_map(layout, by_rule[rule][: round(budget * cells)])
-                maps.append((rule, budget, visible))
-        for other in args.modes:
-            if other != mode:
-                budget = min(args.budgets, key=lambda b: abs(b - args.profile_budget))
-                visible = HeadMap.from_profile(profiles[other][budget])
-                maps.insert(2, (f"ours, chosen for {other}", budget, visible))
-        found[mode] = maps
-    return found
+class Comparison:
+    """Maps, evaluation sets and results, those of an interrupted run first."""
+
+    def __init__(self, model: Any, tokenizer: Any, layout: Any, args: argparse.Namespace, log: Log) -> None:
+        self.model, self.tokenizer, self.layout, self.args, self.log = model, tokenizer, layout, args, log
+        self.calibration: Calibration | None = None
+        self.sets: dict[str, list[Prompts]] = {}
+        self.environment: dict[str, Any] = {}
+        self.maps: list[dict[str, Any]] = []
+        self.results: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        if args.resume:
+            document = json.loads((args.resume / "maps.json").read_text())
+            self.environment, self.maps = document["environment"], document["maps"]
+            self.results = json.loads((args.resume / "results.json").read_text())["results"]
+            self.rows = json.loads((args.resume / "rows.json").read_text())
+            for name in {e["profile"] for e in self.maps if e["profile"]}:
+                (args.out / name).write_bytes((args.resume / name).read_bytes())
+
+    def run(self) -> None:
+        """The most telling first: all rules at the first window with eviction after the prefill, ours in the other mode,
+        then the other windows, then what is left."""
+        for rank in range(6):
+            for window in self.args.windows[:1] if rank < 2 else self.args.windows:
+                self.need_maps(window)
+            wanted = [e for e in self.maps if self.rank(e) == rank]
+            for mode in dict.fromkeys(e["mode"] for e in wanted):
+                self.evaluate([e for e in wanted if e["mode"] == mode], mode)
+        finish_profiles(self.args, self.environment, self.results)
+        try:
+            plot(self.args.out / "results.json", self.args.out / "rules.png")
+        except ImportError as error:  # the figures are complete without the picture
+            self.log("no picture:", error, "- run plot_rules.py where matplotlib is")
+        self.log("done")
+
+    def rank(self, e: dict[str, Any]) -> int:
+        first, full = e["window"] == self.args.windows[0], e["mode"] == "full"
+        group = 0 if e["rule"] in FIRST or e["rule"].startswith("profile ") else 1 if e["rule"] in MAIN else 2
+        if first:
+            return 0 if full else (1, 4, 5)[group]
+        return (2, 2, 5)[group] if full else (3, 4, 5)[group]
+
+    def need_maps(self, window: int) -> None:
+        if any(e["window"] == window for e in self.maps) or self.log.seconds > self.args.max_seconds:
+            return
+        if self.calibration is None:
+            self.calibration = calibrate(self.model, self.tokenizer, self.layout, self.args, self.log)
+            self.environment = self.calibration.environment
+        self.maps += choose_maps(self.model, self.layout, self.calibration, window, self.args, self.log)
+        if window == self.args.windows[0]:
+            self.maps += [given(path, window, mode) for path in self.args.profile for mode in self.args.modes]
+        document = {"environment": self.environment, "maps": self.maps}
+        (self.args.out / "maps.json").write_text(json.dumps(document) + "\n")
+
+    def evaluate(self, maps: list[dict[str, Any]], mode: str) -> None:
+        """Evaluate maps of one mode that have no result yet. Contexts are shared where eviction comes after the prefill:
+        several maps at once."""
+        done = {identity(e) for e in self.results}
+        maps = [e for e in maps if identity(e) not in done]
+        size = 7 if mode == "full" and self.args.device != "cpu" else 1
+        for start in range(0, len(maps), size):
+            some = maps[start : start + size]
+            if self.log.seconds > self.args.max_seconds:
+                self.log("out of time before", mode, [identity(e)[:3] for e in some])
+                continue
+            if not self.sets:
+                samples = evaluation_sets(self.tokenizer, read_texts(self.args.data, "test"), self.args)
+                self.sets = references(self.model, samples, self.args, self.log)
+            long_half = self.sets["needle_long"][: max(1, len(self.sets["needle_long"]) // 2)]
+            used = self.sets if mode == "full" else {**self.sets, "needle_long": long_half}
+            visible = [head_map(e) for e in some]
+            found = {name: map_rows(self.model, prompts, visible, mode) for name, prompts in used.items()}
+            for i, e in enumerate(some):
+                self.add(e, visible[i], {name: rows[i] for name, rows in found.items()})
+            write(self.args.out, self.environment, self.results, self.rows)
+
+    def add(self, e: dict[str, Any], visible: HeadMap, rows: dict[str, list[Row]]) -> None:
+        short, long = self.args.contexts
+        what = {key: e[key] for key in ("rule", "budget", "window", "mode")}
+        share = {name: rules.kv_fraction(visible, self.layout, n) for name, n in (("short", short), ("long", long))}
+        result: dict[str, Any] = {
+            **what, "profile": e["profile"], "kv_fraction_short": share["short"], "kv_fraction_long": share["long"],
+            "kv_bytes_short": share["short"] * dense_bytes(self.layout, short),
+            "kv_bytes_long": share["long"] * dense_bytes(self.layout, long),
+            "text": summarise(rows["text"])["text"],
+            "needle_short": summarise(rows["needle_short"])["needle"],
+            "needle_long": summarise(rows["needle_long"])["needle"],
+        }  # fmt: skip
+        self.results.append(result)
+        self.rows.append(
+            what
+            | {
+                name: [[r.kind, round(r.kl, 5), round(r.delta_nll, 5), r.hit, r.full_hit] for r in part]
+                for name, part in rows.items()
+            }
+        )
+        self.log(f"{what['mode']:8s} {what['window']} {what['rule']:22s} {what['budget']:4.0%}", describe(result))
 
 
-def evaluations(
-    model: Any, maps: list[tuple[str, float, HeadMap]], used: dict[str, list[Prompts]], mode: str,
-    args: argparse.Namespace, log: Log,
-) -> Iterator[tuple[str, float, HeadMap, dict[str, list[Row]]]]:  # fmt: skip
-    """Every map with its rows by set. Contexts are shared where eviction comes after the prefill: several at once."""
-    size = 6 if mode == "full" and args.device != "cpu" else 1
-    for start in range(0, len(maps), size):
-        some = maps[start : start + size]
-        if log.seconds > args.max_seconds:
-            log("out of time before", mode, [entry[:2] for entry in some])
-            continue
-        found = {name: map_rows(model, prompts, [entry[2] for entry in some], mode) for name, prompts in used.items()}
-        for i, (rule, budget, visible) in enumerate(some):
-            yield rule, budget, visible, {name: rows[i] for name, rows in found.items()}
+def given(path: Path, window: int, mode: str) -> dict[str, Any]:
+    """A profile file beside the rules."""
+    profile = HeadProfile.load(path)
+    budget = profile.metadata["budget"]["global_fraction"]
+    return entry(f"profile {path.stem}", budget, window, mode, HeadMap.from_profile(profile))
 
 
-def run(
-    model: Any, layout: Any, maps: dict[str, list[tuple[str, float, HeadMap]]], profiles: dict[str, dict[float, Any]],
-    sets: dict[str, list[Prompts]], args: argparse.Namespace, log: Log, load: Workload, gate_steps: int,
-) -> None:  # fmt: skip
-    """Evaluate every map in every mode, writing after each."""
-    environment = {
-        "model": args.model, "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
-        "dtype": args.dtype, "torch": torch.__version__, "transformers": transformers.__version__,
-        "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv),
-        "calibration": {**load.__dict__, "gate_steps": gate_steps, "context": args.contexts[0]},
-    }  # fmt: skip
-    results: list[dict[str, Any]] = []
-    rows_by_map: list[dict[str, Any]] = []
-    short, long = args.contexts
-    half = {name: batches_[: max(1, len(batches_) // 2)] for name, batches_ in sets.items()}
-    for mode in args.modes:
-        used = sets if mode == "full" else {**half, "needle_short": sets["needle_short"]}
-        for rule, budget, visible, rows in evaluations(model, maps[mode], used, mode, args, log):
-            entry: dict[str, Any] = {
-                "rule": rule, "budget": budget, "mode": mode,
-                "kv_fraction_short": rules.kv_fraction(visible, layout, short),
-                "kv_fraction_long": rules.kv_fraction(visible, layout, long),
-                "kv_bytes_short": rules.kv_fraction(visible, layout, short) * dense_bytes(layout, short),
-                "kv_bytes_long": rules.kv_fraction(visible, layout, long) * dense_bytes(layout, long),
-            }  # fmt: skip
-            entry["text"] = summarise(rows["text"])["text"]
-            entry["needle_short"] = summarise(rows["needle_short"])["needle"]
-            entry["needle_long"] = summarise(rows["needle_long"])["needle"]
-            results.append(entry)
-            rows_by_map.append(
-                {"rule": rule, "budget": budget, "mode": mode}
-                | {
-                    n: [[r.kind, round(r.kl, 5), round(r.delta_nll, 5), r.hit, r.full_hit] for r in part]
-                    for n, part in rows.items()
-                }
-            )
-            write(args.out, environment, results, rows_by_map)
-            log(f"{mode:8s} {rule:22s} {budget:4.0%}", describe(entry))
-            if rule.startswith("ours"):
-                save_profile(args, profiles, environment, results)
-    try:
-        plot(args.out / "results.json", args.out / "rules.png")
-    except ImportError as error:  # the figures are complete without the picture
-        log("no picture:", error, "- run plot_rules.py where matplotlib is")
-    log("done")
+def head_map(e: dict[str, Any]) -> HeadMap:
+    sink, window = (tuple(map(tuple, e["map"][name])) for name in ("sink", "window"))
+    return HeadMap(sink, window)
+
+
+def identity(e: dict[str, Any]) -> tuple[Any, ...]:
+    return e["rule"], e["budget"], e["window"], e["mode"]
 
 
 def dense_bytes(layout: Any, tokens: int) -> int:
@@ -335,6 +415,7 @@ def write(out: Path, environment: dict[str, Any], results: list[dict[str, Any]],
         table = csv.writer(file, lineterminator="\n")
         names = [
             "mode",
+            "window",
             "rule",
             "budget",
             "kv_bytes_short",
@@ -353,7 +434,7 @@ def write(out: Path, environment: dict[str, Any], results: list[dict[str, Any]],
         table.writerow(names)
         for e in results:
             t = e["text"]
-            line = [e["mode"], e["rule"], e["budget"], int(e["kv_bytes_short"]), int(e["kv_bytes_long"])]
+            line = [e["mode"], e["window"], e["rule"], e["budget"], int(e["kv_bytes_short"]), int(e["kv_bytes_long"])]
             line += [t["n"], t["kl"], *t["kl_95"], t["delta_nll"], *t["delta_nll_95"], t["top1"]]
             for key in ("needle_short", "needle_long"):
                 k = e[key]
@@ -361,36 +442,28 @@ def write(out: Path, environment: dict[str, Any], results: list[dict[str, Any]],
             table.writerow([round(x, 5) if isinstance(x, float) else x for x in line])
 
 
-def save_profile(
-    args: argparse.Namespace, profiles: dict[str, dict[float, Any]], environment: dict[str, Any], results: list[Any]
-) -> None:
-    """The profile of --profile-budget, chosen for the cache's default mode, with what this run measured of it."""
-    chosen = "windowed" if "windowed" in profiles else args.modes[0]
-    profile = profiles[chosen][min(args.budgets, key=lambda b: abs(b - args.profile_budget))]
-    budget = profile.metadata["budget"]["global_fraction"]
-    validation = {}
-    for entry in results:
-        if entry["rule"] == ("ours" if entry["mode"] == chosen else f"ours, chosen for {chosen}"):
-            if entry["budget"] != budget:
-                continue
-            keys = {
-                "text": "text",
-                f"needle_{args.contexts[0]}": "needle_short",
-                f"needle_{args.contexts[1]}": "needle_long",
-            }
-            validation[entry["mode"]] = {name: rounded(entry[key]) for name, key in keys.items()}
-    profile.metadata.update(
-        model="HuggingFaceTB/SmolLM2-135M-Instruct" if "smol" in args.model.lower() else args.model,
-        seed=0, prefill=chosen, device=environment["device"], dtype=args.dtype,
-        data={
-            "calibration": environment["calibration"],
-            "texts": "the package's own" if args.made_up else "WikiText-2 validation set",
-        },
-        validation=validation,
-        notes="Made and validated by benchmarks/profiles/compare_rules.py on held-out Wikipedia text and needles "
-        "in it. Weights: a Q4_1 quantisation of SmolLM2-135M-Instruct converted to bfloat16.",
-    )  # fmt: skip
-    profile.save(args.out / "SmolLM2-135M-Instruct.json")
+def finish_profiles(args: argparse.Namespace, environment: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Put into every profile of ours what this run measured of it."""
+    keys = {"text": "text"} | {
+        f"needle_{length}": name for length, name in zip(args.contexts, ("needle_short", "needle_long"), strict=True)
+    }
+    for result in results:
+        if result["profile"] is None:
+            continue
+        profile = HeadProfile.load(args.out / result["profile"])
+        figures = {name: rounded(result[key]) for name, key in keys.items()}
+        figures["kv_bytes_fraction"] = round(result["kv_fraction_short"], 4)
+        profile.metadata.setdefault("validation", {})[result["mode"]] = figures
+        profile.metadata.update(
+            model="HuggingFaceTB/SmolLM2-135M-Instruct" if "smol" in args.model.lower() else args.model,
+            data={
+                "calibration": environment["calibration"],
+                "texts": "the package's own" if args.made_up else "WikiText-2 validation set",
+            },
+            notes="Made and validated by benchmarks/profiles/compare_rules.py on held-out Wikipedia text and needles "
+            "in it. Weights: a Q4_1 quantisation of SmolLM2-135M-Instruct converted to bfloat16.",
+        )  # fmt: skip
+        profile.save(args.out / result["profile"])
 
 
 def rounded(entry: dict[str, Any]) -> dict[str, Any]:

@@ -19,18 +19,20 @@ PANELS = (
 
 
 def plot(source: Path, target: Path) -> None:
-    """One row of panels per mode. Random draws are grey; dotted lines are all local and the full cache."""
+    """One row of panels per mode and window. Random draws are grey; dotted lines are all local and the full cache."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     results: list[dict[str, Any]] = json.loads(Path(source).read_text())["results"]
-    modes = list(dict.fromkeys(entry["mode"] for entry in results))
-    figure, axes = plt.subplots(len(modes), len(PANELS), figsize=(5 * len(PANELS), 4.2 * len(modes)), squeeze=False)
-    for axis_row, mode in zip(axes, modes, strict=True):
-        part = [entry for entry in results if entry["mode"] == mode]
-        rules = [rule for rule in dict.fromkeys(entry["rule"] for entry in part) if not rule.startswith("all ")]
+    groups = sorted({(entry["window"], entry["mode"]) for entry in results})
+    figure, axes = plt.subplots(len(groups), len(PANELS), figsize=(5 * len(PANELS), 4.2 * len(groups)), squeeze=False)
+    for axis_row, (window, mode) in zip(axes, groups, strict=True):
+        part = [entry for entry in results if (entry["window"], entry["mode"]) == (window, mode)]
+        rules = [
+            rule for rule in dict.fromkeys(entry["rule"] for entry in part) if not rule.startswith(("all ", "profile "))
+        ]
         for axis, (group, key, title, log) in zip(axis_row, PANELS, strict=True):
             for i, rule in enumerate(rules):
                 points = sorted((entry for entry in part if entry["rule"] == rule), key=lambda entry: entry["budget"])
@@ -50,7 +52,7 @@ def plot(source: Path, target: Path) -> None:
                     axis.axhline(entry[group][key], color="k", ls="--", lw=1)
             if log:
                 axis.set_yscale("log")
-            axis.set_title(f"{title}\nprefill={mode}", fontsize=10)
+            axis.set_title(f"{title}\nprefill={mode}, local heads keep {window} tokens on average", fontsize=10)
             axis.set_xlabel("global heads (%)")
     axes[0][-1].legend(fontsize=7, loc="best")
     figure.tight_layout()

@@ -1,6 +1,6 @@
 """Every rule for choosing global heads that the comparison knows: a name and an order of heads, most important first.
 
-All rules but ours give local heads one window of 256 tokens; ours spends the same number of tokens unevenly. All see
+All rules but ours give local heads one window (256 tokens, or 512); ours spends the same number of tokens unevenly. All see
 the same calibration prompts.
 """
 
@@ -42,10 +42,11 @@ def orders(
     measured: Measured,
     layout: DecoderLayout,
     ablation: tuple[dict[tuple[int, int], float], dict[tuple[int, int], float]],
+    window: int = WINDOW,
 ) -> dict[str, list[tuple[int, int]]]:
     """Heads by rule, most important first; "ours" is not here (it is not one order)."""
     means = measured.scores.means()
-    middle = measured.scores.windows.index(WINDOW)
+    middle = measured.scores.windows.index(window)
     cells = [(l, h) for l in layout.layers for h in range(layout.num_kv_heads)]
 
     def by(score: Any) -> list[tuple[int, int]]:
@@ -73,17 +74,17 @@ def orders(
 
 
 def ablate(
-    model: Any, layout: DecoderLayout, prompts: Sequence[Prompts]
+    model: Any, layout: DecoderLayout, prompts: Sequence[Prompts], window: int = WINDOW
 ) -> tuple[dict[tuple[int, int], float], dict[tuple[int, int], float]]:
     """KL at the answers, and on text, with one head local and all others global, eviction before the question."""
     cells = [(l, h) for l in layout.layers for h in range(layout.num_kv_heads)]
-    costs = map_costs(model, prompts, [uniform_map(layout, [c for c in cells if c != cell]) for cell in cells])
+    costs = map_costs(model, prompts, [uniform_map(layout, [c for c in cells if c != cell], window) for cell in cells])
     return dict(zip(cells, costs[:, 1].tolist(), strict=True)), dict(zip(cells, costs[:, 0].tolist(), strict=True))
 
 
-def uniform_map(layout: DecoderLayout, chosen: Sequence[tuple[int, int]]) -> HeadMap:
+def uniform_map(layout: DecoderLayout, chosen: Sequence[tuple[int, int]], window: int = WINDOW) -> HeadMap:
     """`chosen` global, all others local with the one window."""
-    return HeadMap.uniform(layout.num_layers, layout.num_kv_heads, SINK, WINDOW, keep=chosen)
+    return HeadMap.uniform(layout.num_layers, layout.num_kv_heads, SINK, window, keep=chosen)
 
 
 def kv_fraction(visible: HeadMap, layout: DecoderLayout, tokens: int) -> float:

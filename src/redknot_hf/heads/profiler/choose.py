@@ -28,6 +28,11 @@ _FINALISTS = 1
 """Candidates that are measured in the mode of the deployment beside the result of the search (a prefill per prompt)."""
 
 
+_SINKS = (16,)
+"""Other numbers of sinks that are measured for the final map: the first tokens of a context are worth more than the oldest
+of a window on some models, and cost the same."""
+
+
 def select_profile(
     config: Any,
     layout: DecoderLayout,
@@ -65,18 +70,19 @@ def select_profile(
         if method == "error":
             found = {name: choice for name, choice in found.items() if name.startswith("no gates")}
 
-    def profile_of(choice: Tensor) -> HeadProfile:
+    def profile_of(choice: Tensor, sink: int) -> HeadProfile:
         rows = range(layout.num_layers)
         classes = [["global"] * layout.num_kv_heads for _ in rows]
         window = [[0] * layout.num_kv_heads for _ in rows]
         for (l, h), w in zip(cells, choice.tolist(), strict=True):
             if w < len(windows):
-                classes[l][h], window[l][h] = "local", windows[w]
-        return HeadProfile(layout.num_layers, layout.num_kv_heads, classes, measured.scores.sink, window)  # type: ignore[arg-type]
+                classes[l][h], window[l][h] = "local", windows[w] - sink + measured.scores.sink
+        return HeadProfile(layout.num_layers, layout.num_kv_heads, classes, sink, window)  # type: ignore[arg-type]
 
     best = next(iter(found))
     chosen = found[best]
     note: dict[str, Any] = {}
+    sink = measured.scores.sink
     if search is not None and method != "gates" and 0 < count < len(cells):
         names = list(found)
         options = list(found.values())
@@ -94,7 +100,12 @@ def select_profile(
             note["deployed"] = dict(zip(finalists, paid, strict=True))
             best = min(finalists, key=note["deployed"].__getitem__)
         chosen = finalists[best]
-    profile = profile_of(chosen)
+        if method == "joint" and search.more_sinks is not None:
+            numbers = [sink, *(s for s in _SINKS if sink < s < windows[0])]
+            paid = list(search.more_sinks(chosen, numbers))
+            note["sinks"] = {str(s): cost for s, cost in zip(numbers, paid, strict=True)}
+            sink = min(zip(paid, numbers, strict=True))[1]
+    profile = profile_of(chosen, sink)
     parts = {"text": text, "needle": needle}
     predicted = {kind: quadratic([(rows, 1.0)]).predict(chosen) for kind, rows in parts.items() if len(rows)}
     profile.metadata = {

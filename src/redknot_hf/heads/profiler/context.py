@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..model_shape import text_config
 from .intercept import Handler, intercept
 
-__all__ = ["ContextCache", "prefill", "run_suffix"]
+__all__ = ["ContextCache", "gradients", "prefill", "run_suffix"]
 
 
 class _ContextLayer(DynamicLayer):
@@ -114,3 +115,33 @@ def run_suffix(model: Any, cache: ContextCache, suffix: Tensor, handler: Handler
     """
     with intercept(model, handler):
         return model(input_ids=suffix, past_key_values=cache.for_run(), use_cache=True).logits
+
+
+_HALF_SCALE = 2.0**12
+"""Factor on what is sent backwards through a float16 model, whose smallest number is 6e-8."""
+
+
+def gradients(
+    output: Tensor,
+    inputs: Sequence[Tensor],
+    cotangent: Tensor | None = None,
+    *,
+    retain_graph: bool = False,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """`torch.autograd.grad` in fp32 as far as a float16 model allows: nothing vanishes on the way.
+
+    Args:
+        output: fp32, from the model's logits.
+        inputs: tensors that require gradients.
+        cotangent: of the output; None for a scalar output.
+        retain_graph: for another call.
+        dtype: of the model; None if that is the inputs'.
+
+    Returns:
+        One fp32 gradient per input.
+    """
+    scale = _HALF_SCALE if (dtype or inputs[0].dtype) == torch.float16 else 1.0
+    start = torch.ones_like(output) if cotangent is None else cotangent
+    found = torch.autograd.grad(output, list(inputs), start * scale, retain_graph=retain_graph)
+    return [gradient.float() / scale for gradient in found]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .context import ContextCache, run_suffix
+from .context import ContextCache, gradients, run_suffix
 from .intercept import AttentionCall
 from .scores import HeadScores, RingOutputs, ring_attention
 from .tasks import Batch
@@ -90,13 +90,11 @@ def score_batch(
             sign = torch.randint(0, 2, picked.shape, generator=generator, dtype=torch.int8, device=picked.device)
             noise = root * (2 * sign - 1)  # random signs: its covariance through the softmax is the Fisher matrix
             cotangent = weight * (noise - probability * noise.sum(-1, keepdim=True))
-        gradients = torch.autograd.grad(
-            picked, [probes[layer] for layer in layers], cotangent, retain_graph=s + 1 < sketches
-        )
-        for layer, gradient in zip(layers, gradients, strict=True):
+        found = gradients(picked, [probes[layer] for layer in layers], cotangent, retain_graph=s + 1 < sketches)
+        for layer, gradient in zip(layers, found, strict=True):
             # [windows, batch, query_heads, rows, dim] . [batch, query_heads, rows, dim] -> [windows, batch,
             # query_heads]
-            along = torch.einsum("wbhrd,bhrd->wbh", changes[layer], gradient.float())
+            along = torch.einsum("wbhrd,bhrd->wbh", changes[layer], gradient)
             rows[:, s, layer] = along.reshape(len(windows), len(batch), scores.heads, -1).sum(-1).permute(1, 2, 0).cpu()
         step()
     return rows.reshape(-1, *shape[2:])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .context import run_suffix
+from .context import gradients, run_suffix
 from .intercept import AttentionCall
 from .objective import Objective, prompt_terms
 from .scores import ring_attention
@@ -166,7 +166,7 @@ def linearise(
 
         def along(gradient: Tensor, layer: int, changes: dict[int, Tensor] = changes) -> Tensor:
             """`[batch, heads, options]`."""
-            dots = torch.einsum("kbhrd,bhrd->bhk", changes[layer], gradient.float())
+            dots = torch.einsum("kbhrd,bhrd->bhk", changes[layer], gradient)
             return dots.reshape(len(dots), heads, -1, options).sum(2)
 
         with torch.enable_grad():
@@ -179,8 +179,8 @@ def linearise(
             )  # fmt: skip
         order = sorted(probes)
         wanted = [probes[layer] for layer in order]
-        gradients = torch.autograd.grad(loss / counts[text], wanted, retain_graph=sketches > 0)
-        for layer, gradient in zip(order, gradients, strict=True):
+        slopes = gradients(loss / counts[text], wanted, retain_graph=sketches > 0)
+        for layer, gradient in zip(order, slopes, strict=True):
             linear[layer] += along(gradient, layer).sum(0)
         weight = (objective.text_kl if text else objective.needle_kl) / (counts[text] * max(sketches, 1))
         generator = torch.Generator(device=picked.device).manual_seed(seed * 100_003 + number)
@@ -195,8 +195,8 @@ def linearise(
                 sign = torch.randint(0, 2, picked.shape, generator=generator, dtype=torch.int8, device=picked.device)
                 noise = root * (2 * sign - 1)
                 cotangent = scale * (noise - probability * noise.sum(-1, keepdim=True))
-            gradients = torch.autograd.grad(picked, wanted, cotangent, retain_graph=s + 1 < sketches)
-            for layer, gradient in zip(order, gradients, strict=True):
+            along_noise = gradients(picked, wanted, cotangent, retain_graph=s + 1 < sketches)
+            for layer, gradient in zip(order, along_noise, strict=True):
                 found[:, s, layer] = along(gradient, layer)
         rows.append(found.flatten(0, 1).cpu())
         step()

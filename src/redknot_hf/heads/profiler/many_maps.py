@@ -1,8 +1,9 @@
 """Many head maps on the same prompts, in one forward pass where eviction comes after the prefill.
 
 A search asks what dozens of maps cost that differ in a few heads. Their suffixes run as one batch over shared contexts:
-launches and weights are paid once, and heads of all maps that share a window are attended together, each reading only
-the keys it can see. With windows during prefill every map needs its own prefill: no sharing, and far more work per map.
+launches and weights are paid once. On a CPU, heads of all maps that share a window are attended together, each reading
+only the keys it can see; elsewhere one masked call serves all heads of all maps. With windows during prefill every map
+needs its own prefill: no sharing, and far more work per map.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .context import ContextCache, prefill
@@ -33,15 +35,20 @@ def maps_handler(maps: Sequence[HeadMap], cache: ContextCache) -> Handler:
         maps: head maps.
         cache: the contexts.
     """
-    plan, indices = _plan(maps, cache.keys_of(0)[0].device)
+    device = cache.keys_of(0)[0].device
+    plan, indices = _plan(maps, device)
+    # [layers, 2, maps, heads]: sinks and windows, one copy for the whole model.
+    visible = torch.tensor([[m.sink for m in maps], [m.window for m in maps]]).permute(2, 0, 1, 3).to(device)
 
     def handler(call: AttentionCall) -> Tensor:
         context = cache.keys_of(call.layer)
+        if _one_call(call):
+            return _masked(call, context, visible[call.layer], len(maps))
         if call.sink_logits is None:
             return _grouped(call, context, plan[call.layer], indices, len(maps))
         size = call.query.shape[0] // len(maps)
         parts = []
-        for i, visible in enumerate(maps):
+        for i, one_map in enumerate(maps):
             part = slice(i * size, (i + 1) * size)
             key, value = (
                 torch.cat([old, new[part]], dim=2) for old, new in zip(context, (call.key, call.value), strict=True)
@@ -50,10 +57,53 @@ def maps_handler(maps: Sequence[HeadMap], cache: ContextCache) -> Handler:
                 call.layer, call.query[part], key, value, call.scaling, call.model_window, call.softcap,
                 call.sink_logits,
             )  # fmt: skip
-            parts.append(visible_attention(one, visible.sink[call.layer], visible.window[call.layer]))
+            parts.append(visible_attention(one, one_map.sink[call.layer], one_map.window[call.layer]))
         return torch.cat(parts)
 
     return handler
+
+
+def _one_call(call: AttentionCall) -> bool:
+    return call.sink_logits is None and call.softcap is None and call.query.device.type != "cpu"
+
+
+def _masked(call: AttentionCall, context: tuple[Tensor, Tensor], visible: Tensor, count: int) -> Tensor:
+    """Attention of all maps and heads in one masked call.
+
+    Local heads read keys that they cannot see, but a GPU spends less on that than on dozens of gathers and launches per
+    layer; on a CPU it is the other way round (`_grouped`).
+
+    Args:
+        call: queries, keys and values of the suffixes, map-major.
+        context: keys and values of the contexts, `[batch, kv_heads, tokens, dim]`.
+        visible: int64 `[2, maps, kv_heads]`: sinks and windows.
+        count: maps.
+    """
+    total_batch, query_heads, rows, dim = call.query.shape
+    heads, size, offset = call.key.shape[1], call.groups, context[0].shape[2]
+    batch, device = total_batch // count, call.query.device
+    keys, positions = torch.arange(offset + rows, device=device), torch.arange(offset, offset + rows, device=device)
+    age = positions[:, None] - keys
+    sink, window = visible.flatten(1)[..., None, None]  # [maps * heads, 1, 1]
+    if call.model_window:
+        window = window.clamp_max(call.model_window)
+    seen = (age >= 0) & ((keys < sink) | (age < window))
+    if call.model_window:
+        seen &= age < call.model_window
+
+    def joined(old: Tensor, new: Tensor) -> Tensor:  # [batch, maps * heads, keys, dim]
+        new = new.unflatten(0, (count, batch)).transpose(0, 1)
+        return torch.cat([old[:, None].expand(-1, count, -1, -1, -1), new], dim=3).flatten(1, 2)
+
+    # Maps become heads and query heads of a group rows, so that the mask is the same for every prompt.
+    query = call.query.reshape(count, batch, heads, size * rows, dim).transpose(0, 1).flatten(1, 2)
+    # Added, not boolean: a boolean mask would be converted once per prompt.
+    mask = torch.zeros(seen.shape, dtype=query.dtype, device=device).masked_fill_(~seen, float("-inf"))
+    mask = mask[:, None].expand(-1, size, -1, -1).flatten(1, 2)[None]
+    key, value = (joined(old, new) for old, new in zip(context, (call.key, call.value), strict=True))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.scaling)
+    out = out.reshape(batch, count, heads, size, rows, -1).transpose(0, 1)
+    return out.reshape(total_batch, query_heads, rows, -1)
 
 
 Groups = list[tuple[int, int, int, int]]
@@ -148,17 +198,18 @@ def map_costs(
     Returns:
         fp64 `[maps, 3]` on the CPU, in the order of `objective.TERMS`: means over prompts; 0 for a kind without any.
     """
-    sums = torch.zeros(len(maps), 3, dtype=torch.float64)
+    device = prompts[0].log_probs.device if prompts else None
+    sums = torch.zeros(len(maps), 3, dtype=torch.float64, device=device)  # there: no copy per map
     counts = [0, 0]
     for prompt in prompts:
         text = prompt.batch.kinds[0] == "text"
         counts[0 if text else 1] += len(prompt.batch)
         for i, log_probs in _each(model, prompt, maps, mode, rows):
             kl, miss = prompt_terms(log_probs, prompt.log_probs.float(), prompt.batch)
-            sums[i, 0 if text else 1] += float(kl.sum())
+            sums[i, 0 if text else 1] += kl.sum()
             if not text:
-                sums[i, 2] += float(miss.sum())
-    return sums / torch.tensor([max(counts[0], 1), max(counts[1], 1), max(counts[1], 1)])
+                sums[i, 2] += miss.sum()
+    return sums.cpu() / torch.tensor([max(counts[0], 1), max(counts[1], 1), max(counts[1], 1)])
 
 
 @torch.no_grad()

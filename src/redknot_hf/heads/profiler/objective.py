@@ -50,13 +50,15 @@ def prompt_terms(log_probs: Tensor, reference: Tensor, batch: Batch, temperature
         temperature: of the soft miss, nats.
 
     Returns:
-        `[prompts]` KL in nats per target token, and `[prompts]` soft misses in [0, 1] (meaningless for text).
+        `[prompts]` KL in nats per target token, and `[prompts]` soft misses in [0, 1] (0 for text).
     """
     owner = batch.target.nonzero()[:, 0]
     count = batch.target.sum(1)
     kl = (reference.exp() * (reference - log_probs)).sum(-1)
     zeros = torch.zeros(len(batch), dtype=kl.dtype, device=kl.device)
     kl = zeros.index_add(0, owner, kl) / count
+    if batch.kinds[0] == "text":
+        return kl, zeros
     truth = batch.next_ids[batch.target][:, None]
     right = log_probs.gather(1, truth)[:, 0]
     best_other = log_probs.scatter(1, truth, float("-inf")).amax(-1)

@@ -42,6 +42,9 @@ def _combined(choice: Tensor, steps: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
+_HALF = 24
+"""Prompts from which half of them suffices for the predictions of one round."""
+
 State = tuple[Tensor, list[dict[str, Any]]]
 
 
@@ -54,9 +57,11 @@ class Search:
         expand: predictions around a choice; the second argument is the round.
         cost: measures choices with eviction after the prefill.
         deployed: measures choices in the mode of the deployment; None if that is what `cost` does.
+        more_sinks: measures a choice with the given numbers of sinks, every window paying for them; None to keep them.
         rounds: at most.
         lengths: of the walk that are measured: the prediction is good near the start and cheap to overrun.
         singles: moves to measure per round beside the walk.
+        patience: rounds in a row that may bring nothing.
         step: called after every round.
         load, save: of an interrupted search by its key: the best choice and the history so far.
     """
@@ -68,7 +73,9 @@ class Search:
     rounds: int = 8
     lengths: Sequence[int] = (1, 2, 3, 4, 6, 8, 12, 16, 24)
     singles: int = 24
+    patience: int = 1
     step: Callable[[], Any] = lambda: None
+    more_sinks: Callable[[Tensor, Sequence[int]], Sequence[float]] | None = None
     load: Callable[[str], State | None] = lambda key: None
     save: Callable[[str, State], Any] = lambda key, state: None
 
@@ -105,9 +112,15 @@ def search_on(
     shape = (layout.num_layers, layout.num_kv_heads)
     cells = [(l, h) for l in layout.layers for h in range(layout.num_kv_heads)]
 
+    kinds = [[p for p in prompts if (p.batch.kinds[0] == "text") == text] for text in (False, True)]
+    halves = [[p for kind in kinds for p in kind[part::2]] for part in (0, 1)]
+    split = all(len(kind) > 1 for kind in kinds) and min(sum(len(p.batch) for p in half) for half in halves) >= _HALF
+
     def expand(choice: Tensor, number: int) -> LocalModel:
+        # Backward passes cost more than forward ones: where there are many prompts, rounds take half of them in turn.
+        some = halves[number % 2] if split else prompts
         return linearise(
-            model, prompts, choice, shape, cells, objective=objective, windows=windows, sink=sink, sketches=sketches,
+            model, some, choice, shape, cells, objective=objective, windows=windows, sink=sink, sketches=sketches,
             seed=seed * 1009 + number,
         )  # fmt: skip
 
@@ -115,8 +128,12 @@ def search_on(
         maps = [option_map(choice, shape, cells, windows, sink) for choice in choices]
         return objective.total(map_costs(model, prompts, maps, used)).tolist()
 
+    def more_sinks(choice: Tensor, sinks: Sequence[int]) -> list[float]:
+        maps = [option_map(choice, shape, cells, [w - s + sink for w in windows], s) for s in sinks]
+        return objective.total(map_costs(model, prompts, maps)).tolist()
+
     deployed = None if mode == "full" else lambda choices: cost(choices, mode)
-    return Search(windows, expand, cost, deployed, rounds, lengths, singles, step)
+    return Search(windows, expand, cost, deployed, rounds, lengths, singles, 2 if split else 1, step, more_sinks)
 
 
 def refine(choice: Tensor, limit: int, search: Search, key: str = "search") -> State:
@@ -138,7 +155,7 @@ def refine(choice: Tensor, limit: int, search: Search, key: str = "search") -> S
     best, history = state
     lowest = history[-1]["cost"]
     for number in range(len(history), search.rounds + 1):
-        if number > 1 and lowest >= history[-2]["cost"]:
+        if number > search.patience and lowest >= history[-1 - search.patience]["cost"]:
             break
         local = search.expand(best, number)
         path = walk(local, best, windows, limit, search.lengths[-1])

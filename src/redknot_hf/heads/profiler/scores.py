@@ -74,28 +74,28 @@ def ring_attention(call: AttentionCall, sink: int, windows: Sequence[int], key_b
     acc = torch.zeros(rings, batch, heads, rows, dim + 1, device=device)
     bounds = [0, *windows, total + 1]
 
-    for start in range(0, total, key_block):
-        stop = min(start + key_block, total)
-        keys = torch.arange(start, stop, device=device)[None]
-        scores = _scores(call, call.key[:, :, start:stop])
-        value = call.value[:, :, start:stop].float()
-        value = torch.cat([value, value.norm(dim=-1, keepdim=True)], dim=-1)
-        age = positions - keys
-        causal = age >= 0
-        if call.model_window:
-            causal &= age < call.model_window
-        for ring in range(rings):
-            inside = causal & (age >= bounds[ring]) & (age < bounds[ring + 1])
-            in_sink = keys < sink
-            inside = inside | (causal & in_sink) if ring == 0 else inside & ~in_sink
-            # Skipped without asking the device: which keys a ring can reach is arithmetic on positions.
-            newest, oldest = total - 1 - bounds[ring], call.offset - bounds[ring + 1] + 1
-            if not (start <= newest and stop > oldest) and not (ring == 0 and start < sink):
-                continue
-            masked = scores.masked_fill(~inside, float("-inf"))
+    # Which keys a ring can reach is arithmetic on positions, so every ring reads its own slice: the sinks, then from the
+    # oldest key of the first row to the newest of the last one. The far ring is the long one.
+    reach = [(0, 0, min(sink, total))]
+    for ring in range(rings):
+        low, high = max(sink, call.offset - bounds[ring + 1] + 1), min(total, total - bounds[ring])
+        reach += [(ring, low, high)]
+    for ring, low, high in reach:
+        for start in range(low, high, key_block):
+            stop = min(start + key_block, high)
+            keys = torch.arange(start, stop, device=device)[None]
+            value = call.value[:, :, start:stop].float()
+            value = torch.cat([value, value.norm(dim=-1, keepdim=True)], dim=-1)
+            age = positions - keys
+            inside = age >= 0
+            if call.model_window:
+                inside &= age < call.model_window
+            if start >= sink:
+                inside &= (age >= bounds[ring]) & (age < bounds[ring + 1])
+            masked = _scores(call, call.key[:, :, start:stop]).masked_fill_(~inside, float("-inf"))
             new_top = torch.maximum(top[ring], masked.amax(-1, keepdim=True))
             shrink = torch.exp(top[ring] - new_top)
-            weights = torch.exp(masked - new_top)
+            weights = masked.sub_(new_top).exp_()
             mass[ring] = mass[ring] * shrink + weights.sum(-1, keepdim=True)
             folded = weights.reshape(batch, kv_heads, call.groups * rows, -1) @ value
             acc[ring] = acc[ring] * shrink + folded.reshape(batch, heads, rows, dim + 1)
@@ -164,36 +164,60 @@ class HeadScores:
             needles: per sample, the context positions of the needle; (0, 0) for text.
         """
         layer, groups = call.layer, call.groups
-        rows = target[:, None, :].double()
-        heads = (target.shape[0], -1, groups, target.shape[1])
+        kv_heads = call.key.shape[1]
+        weight = target[:, None, :].double()
 
-        def per_kv_head(values: Tensor) -> Tensor:  # [batch, query_heads, rows] -> [kv_heads]
-            return (values.double() * rows).reshape(heads).sum(dim=(0, 2, 3)).cpu()
+        def per_kv_head(values: Tensor) -> Tensor:  # [..., batch, query_heads, rows] -> [..., kv_heads]
+            summed = (values.double() * weight).sum(-1)
+            return summed.unflatten(-1, (kv_heads, groups)).sum(-1).sum(-2)
 
-        count = float(target.sum()) * groups
-        self.sums[f"{kind}_norm"][layer] += per_kv_head(rings.full.square().sum(-1))
-        self.sums[f"{kind}_rows"][layer] += count
-        for w in range(len(self.windows)):
-            difference = (rings.full - rings.windowed[w]).square().sum(-1)
-            self.sums[f"{kind}_error"][layer, :, w] += per_kv_head(difference)
-            self.sums[f"{kind}_far_mass"][layer, :, w] += per_kv_head(rings.far_mass[w])
-            self.sums[f"{kind}_far_value_mass"][layer, :, w] += per_kv_head(rings.far_value_mass[w])
-            # Per sample and query head the mean over rows; then the worst query head, summed over samples.
-            mean = (rings.far_mass[w].double() * rows).sum(-1) / rows.sum(-1).clamp_min(1)
-            worst = mean.reshape(len(mean), -1, groups).amax(-1)
-            self.sums[f"{kind}_max_far_mass"][layer, :, w] = torch.maximum(
-                self.sums[f"{kind}_max_far_mass"][layer, :, w], worst.amax(0).cpu()
-            )
-        for i, (first, last) in enumerate(needles):
-            if last <= first or not bool(target[i].any()):
-                continue
-            one = AttentionCall(
-                layer, call.query[i : i + 1], call.key[i : i + 1], call.value[i : i + 1], call.scaling, 0, call.softcap
-            )
-            mass = torch.exp(_scores(one, one.key[:, :, first:last])[0] - rings.lse[i][..., None]).sum(-1)
-            mass = (mass * target[i]).sum(-1) / target[i].sum()  # [query_heads]
-            self.sums["retrieval"][layer] += mass.reshape(-1, groups).amax(-1).double().cpu()
-            self.sums["retrieval_rows"][layer] += 1
+        # Per sample and query head the mean over rows; then the worst query head and sample.
+        mean = (rings.far_mass.double() * weight).sum(-1) / weight.sum(-1).clamp_min(1)
+        worst = mean.unflatten(-1, (kv_heads, groups)).amax(-1).amax(-2)
+        parts = [
+            per_kv_head(rings.full.square().sum(-1))[None],
+            per_kv_head(torch.stack([(rings.full - one).square().sum(-1) for one in rings.windowed])),
+            per_kv_head(rings.far_mass),
+            per_kv_head(rings.far_value_mass),
+            worst,
+            target.sum().double().expand(1, kv_heads),
+        ]
+        known = [last > first for first, last in needles]
+        if any(known):
+            parts.append(self._retrieval(call, rings, target, needles))
+        # One copy for everything: every copy makes Python wait for the device.
+        norm, error, mass, value_mass, worst, count, *retrieval = torch.cat(parts).cpu().split([len(p) for p in parts])
+        self.sums[f"{kind}_norm"][layer] += norm[0]
+        self.sums[f"{kind}_rows"][layer] += count[0, 0] * groups
+        self.sums[f"{kind}_error"][layer] += error.T
+        self.sums[f"{kind}_far_mass"][layer] += mass.T
+        self.sums[f"{kind}_far_value_mass"][layer] += value_mass.T
+        highest = self.sums[f"{kind}_max_far_mass"][layer]
+        self.sums[f"{kind}_max_far_mass"][layer] = torch.maximum(highest, worst.T)
+        if retrieval:
+            self.sums["retrieval"][layer] += retrieval[0][0]
+            self.sums["retrieval_rows"][layer] += retrieval[0][1, 0]
+
+    @staticmethod
+    def _retrieval(
+        call: AttentionCall, rings: RingOutputs, target: Tensor, needles: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """`[2, kv_heads]`: attention of the target rows on the needles, best query head, summed over samples; samples
+        that have needle and targets."""
+        device, groups = target.device, call.groups
+        longest = max(1, *(last - first for first, last in needles))
+        spans = torch.tensor(needles).to(device)
+        index = spans[:, :1] + torch.arange(longest, device=device)
+        inside = index < spans[:, 1:]  # [batch, longest]
+        index = index.clamp_max(call.key.shape[2] - 1)[:, None, :, None]
+        key = call.key.gather(2, index.expand(-1, call.key.shape[1], -1, call.key.shape[3]))
+        weights = torch.exp(_scores(call, key) - rings.lse[..., None])
+        mass = weights.masked_fill(~inside[:, None, None], 0.0).sum(-1)
+        count = target.sum(1)
+        mass = (mass * target[:, None]).sum(-1) / count.clamp_min(1)[:, None]
+        best = mass.unflatten(-1, (-1, groups)).amax(-1).double()  # [batch, kv_heads]
+        used = (inside.any(1) & (count > 0)).double()
+        return torch.stack([used @ best, used.sum().expand(best.shape[1])])
 
     def means(self) -> dict[str, Tensor]:
         """Scores: `*_error` `[layers, heads, windows]` (relative, at o_proj input), `*_far_mass`, `*_far_value_mass`
