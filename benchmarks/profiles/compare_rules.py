@@ -6,7 +6,8 @@ Calibration: as `profile_heads` does it, on WikiText-2's validation set (or with
 the same prompts for every rule. Evaluation: other text (Wikipedia articles and WikiText-2's test set) and other
 needles.
 Two modes: "full" prefills with full attention and evicts before the question (contexts' KV is shared by all maps, so
-this is cheap); "windowed" applies the windows while prefilling, on all 2K prompts and half of the 4K needles. Local heads of every map keep 4 + 256 tokens on average, then 4 + 512: at one budget all rules keep the same bytes.
+this is cheap); "windowed" applies the windows while prefilling, on all 2K prompts and half of the 4K needles.
+Local heads of every map keep 4 + 256 tokens on average, then 4 + 512: at one budget all rules keep the same bytes.
 Results are rewritten as they come and --resume continues, so an interrupted run leaves what it has. No network.
 
 Written: results.json, results.csv, rows.json (per prompt), maps.json (every map), rules.png, and ours as profile files.
