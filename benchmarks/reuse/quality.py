@@ -54,6 +54,7 @@ from redknot_hf.segments.select import Blend, Boundary, KVDeviation, PromptView,
 from redknot_hf.segments.stores import SegmentStore
 
 MARK = "<<<documents>>>"
+QUESTIONS = 100  # in the sample
 INSTRUCTION = "Answer the question with a few words, using the documents.\n\n"
 
 
@@ -65,6 +66,7 @@ class Variant:
     selector: Any = "boundary"
     alone: bool = False
     relocate: bool = True
+    contexts: str = ""  # what captures are the mean over, SOURCE:COUNT
     ratios: tuple[float, ...] | None = None  # None: those of the command line
 
 
@@ -109,6 +111,14 @@ def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]
     for text in args.blend or []:  # boundary:layer:attention:deviation[:share]
         b, l, a, d, *share = text.split(":")
         known.append(Variant(f"blend {text}", Blend(int(b), int(l), float(a), float(d), *map(float, share))))
+    for spec in args.contexts or []:
+        known += [
+            Variant(f"none @{spec}", contexts=spec, ratios=(0.0,)),
+            Variant(f"boundary @{spec}", Boundary(), contexts=spec),
+            Variant(f"kv_deviation @{spec}", KVDeviation(), contexts=spec),
+            Variant(f"query_attention @{spec}", QueryAttention(), contexts=spec),
+            Variant(f"ours @{spec}", Blend(), contexts=spec),
+        ]
     if args.variants:
         names = [variant.name for variant in known]
         unknown = set(args.variants) - set(names)
@@ -116,6 +126,59 @@ def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]
             sys.exit(f"--variants: {', '.join(sorted(unknown))} unknown; there are {', '.join(names)}")
         return [v for v in known if v.name in args.variants or v.name.startswith("blend ")]
     return known
+
+
+def contexts_of(spec: str, args: argparse.Namespace, tokenizer: Any, half: int) -> list[list[int]]:
+    """Sample texts of --context-tokens tokens that segments are captured behind.
+
+    Args:
+        spec: ``corpus:N``, paragraphs of N other questions of the sample, or ``text:N``, N passages of --context-text.
+        half: 0 or 1: samples for the prompts of the first half of the questions come from the second, and the other way
+            round, so that no prompt is built from what its segments were captured behind.
+    """
+    source, _, count = spec.partition(":")
+    if source == "corpus":
+        prompts = load_prompts(args.data, QUESTIONS, args.seed, args.documents, args.task)
+        others = prompts[: QUESTIONS // 2] if half else prompts[QUESTIONS // 2 :]
+        texts = ["".join(p["documents"]) for p in others[:: max(1, len(others) // int(count))]][: int(count)]
+    elif source == "text" and args.context_text:
+        with gzip.open(args.context_text, "rt") as file:
+            whole = file.read(int(count) * 4000)
+        texts = [whole[i : i + 4000] for i in range(0, len(whole), 4000)]
+    else:
+        sys.exit(f"--contexts {spec}: expected corpus:N, or text:N together with --context-text")
+    return [tokenizer(text, add_special_tokens=False)["input_ids"][: args.context_tokens] for text in texts]
+
+
+class Makers:
+    """The `SegmentedPrompt` of every kind of capture, made when first asked for."""
+
+    def __init__(self, model: Any, tokenizer: Any, header: list[int], args: argparse.Namespace):
+        self.model, self.tokenizer, self.header, self.args = model, tokenizer, header, args
+        self._made: dict[tuple[bool, str, int], SegmentedPrompt] = {}
+
+    def __call__(self, variant: Variant, prompt: dict[str, Any]) -> SegmentedPrompt:
+        half = int(prompt["i"] % QUESTIONS >= QUESTIONS // 2)
+        kind = (variant.alone, variant.contexts, half if variant.contexts else 0)
+        if kind not in self._made:
+            contexts = contexts_of(variant.contexts, self.args, self.tokenizer, half) if variant.contexts else ()
+            maker = SegmentedPrompt(
+                self.model,
+                self.tokenizer,
+                SegmentStore("memory://", device=self.model.device.type),
+                HeadProfile.all_global(self.model.config),
+                header=self.header,
+                contexts=contexts,
+            )
+            if variant.alone:
+                maker.behind = []
+            self._made[kind] = maker
+        return self._made[kind]
+
+    def forget(self) -> None:
+        """Give the documents of one prompt back."""
+        for maker in self._made.values():
+            maker.store.gc(max_bytes=1)
 
 
 def chat_frame(tokenizer: Any) -> tuple[list[int], str]:
@@ -188,11 +251,16 @@ def divergence(full: torch.Tensor, other: torch.Tensor) -> float:
     return float((full.exp() * (full - other)).sum(-1).mean())
 
 
+@torch.no_grad()
 def judge(model: Any, built: Any, full: dict[str, Any], gold: list[int], reached: int) -> dict[str, float]:
     ids, cache, device = built["input_ids"], built["past_key_values"], built["input_ids"].device
-    golden = forward(model, cache.fork(), torch.cat([ids[:, -1:], torch.tensor([gold[:-1]], device=device).long()], 1))
-    own = torch.tensor([full["own_ids"][:-1]], device=device).long()
-    along = forward(model, cache, torch.cat([ids[:, -1:], own], 1))
+    last = int(ids[0, -1])
+    follow = [[last, *gold[:-1]], [last, *full["own_ids"][:-1]]]
+    width = max(map(len, follow))  # padding on the right changes nothing before it
+    both = torch.tensor([row + [0] * (width - len(row)) for row in follow], device=device)
+    cache.batch_repeat_interleave(2)
+    logits = model(both, past_key_values=cache).logits.float().log_softmax(-1)
+    golden, along = logits[0, : len(follow[0])], logits[1, : len(follow[1])]
     same = (along.argmax(-1) == torch.tensor(full["own_ids"], device=device)).tolist()
     account = built.account
     documents = sum(s.tokens for s in account.segments[1:])
@@ -310,6 +378,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--blend", nargs="+", metavar="B:L:A:D[:S]", help="more: boundary:layer:attention:deviation:share"
     )
+    parser.add_argument(
+        "--contexts",
+        nargs="+",
+        metavar="SOURCE:N",
+        help="more variants, NAME @SOURCE:N: captures are means over N sample texts, corpus:N or text:N",
+    )
+    parser.add_argument("--context-text", type=Path, help="for text:N: a .gz of text")
+    parser.add_argument("--context-tokens", type=int, default=300)
     parser.add_argument("--profile", help="head map of the head-wise variants; default: shipped, else spread")
     parser.add_argument(
         "--generate", nargs="*", default=["boundary", "ours"], help="variants that answer on their own, too"
@@ -332,11 +408,7 @@ def main() -> None:
     profile = head_map(model, args.profile)
     variants = variants_of(args, profile)
     header, tail = chat_frame(tokenizer)
-    every = HeadProfile.all_global(model.config)
-    where = model.device.type
-    behind = SegmentedPrompt(model, tokenizer, SegmentStore("memory://", device=where), every, header=header)
-    alone = SegmentedPrompt(model, tokenizer, SegmentStore("memory://", device=where), every, header=header)
-    alone.behind = []
+    makers = Makers(model, tokenizer, header, args)
     ends = model.generation_config.eos_token_id
     stop = set(ends if isinstance(ends, list) else [ends])
 
@@ -356,24 +428,21 @@ def main() -> None:
                 break
             query = f"Question: {prompt['question']}{tail}{prompt['start']}"
             gold = tokenizer(prompt["answer"], add_special_tokens=False)["input_ids"]
-            makers = {False: behind, True: alone}
-            ids = [makers[False].add_many(prompt["documents"]), []]
-            if any(v.alone for v, _ in plan):
-                ids[1] = makers[True].add_many(prompt["documents"])
-            first = makers[False].build(ids[0], query, 0.0, "boundary")
+
+            def build(variant: Variant, ratio: float, prompt: Any = prompt, query: str = query) -> Any:
+                maker = makers(variant, prompt)
+                ids = maker.add_many(prompt["documents"])
+                return maker.build(ids, query, ratio, variant.selector, relocate=variant.relocate)
+
+            first = build(Variant("first"), 0.0)
             full = reference(model, first["input_ids"], gold, args.max_new_tokens, stop)
             text = tokenizer.decode(full["own_ids"], skip_special_tokens=True)
             reached = reach(tokenizer, full["own_ids"], prompt["answer"])
             for variant, ratio in plan:
-                built = makers[variant.alone].build(
-                    ids[variant.alone], query, ratio, variant.selector, relocate=variant.relocate
-                )
+                built = build(variant, ratio)
                 text_of_its_own = None
                 if variant.name in args.generate:
-                    again = makers[variant.alone].build(
-                        ids[variant.alone], query, ratio, variant.selector, relocate=variant.relocate
-                    )
-                    own = answer_of(model, again, args.max_new_tokens, stop)
+                    own = answer_of(model, build(variant, ratio), args.max_new_tokens, stop)
                     text_of_its_own = tokenizer.decode(own, skip_special_tokens=True)
                 record = {
                     "i": prompt["i"],
@@ -391,6 +460,7 @@ def main() -> None:
                 records.append(record)
                 file.write(json.dumps(record) + "\n")
                 file.flush()
+            makers.forget()
     wanted = {(v.name, r) for v in variants for r in (v.ratios or args.ratios)}
     chosen = [r for r in records if (r["variant"], r["ratio"]) in wanted and r["i"] < args.n]
     report(args, summarize(chosen), profile, time.time() - begin)
