@@ -28,39 +28,82 @@ METHODS = ("full", "ours", "streaming", "window", "random", "blind")
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and rows of a folder; the headers of joined files differ in their lengths only."""
+    """Header and rows of a folder; the headers of joined files differ in their lengths, tasks and methods only.
+
+    A row that two of the joined runs made is taken once: same prompt, same method, same settings.
+    """
     head: dict[str, Any] = {}
-    rows = []
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     with gzip.open(folder / "rows.jsonl.gz", "rt", encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
-            if "format" in row:
-                head = head or row
-            else:
-                rows.append(row)
-    return head, rows
+            if "format" not in row:
+                rows.setdefault(tuple(row[key] for key in ("task", "context", "method", "index")), row)
+                continue
+            head = head or row
+            for what in ("model", "profile", "dtype", "device", "versions"):
+                if row[what] != head[what]:
+                    raise SystemExit(f"{folder}: joined of runs with different {what}")
+            for what in ("prefill", "page_size", "seed", "texts", "chat"):
+                if row["settings"][what] != head["settings"][what]:
+                    raise SystemExit(f"{folder}: joined of runs with different {what}")
+    return head, list(rows.values())
 
 
 def complete(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of the (task, length) pairs for which every method has the same prompts, and the names of the others."""
+    """Rows of the (task, length) pairs for which every method has the same prompts, and the names of the others.
+
+    One draw of the random map is enough; more draws count where they have all the prompts.
+    """
     groups: dict[tuple[str, int], dict[str, set[int]]] = {}
     for row in rows:
         groups.setdefault((row["task"], row["context"]), {}).setdefault(row["method"], set()).add(row["index"])
-    methods = {row["method"] for row in rows}
+    needed = {row["method"] for row in rows} - {f"random-{draw}" for draw in range(2, 100)}
     whole = {
-        key for key, of in groups.items() if of.keys() == methods and len({frozenset(x) for x in of.values()}) == 1
+        key
+        for key, of in groups.items()
+        if needed <= of.keys() and len({frozenset(of[method]) for method in needed}) == 1
     }
     lacking = [f"{task} at {context}" for task, context in groups if (task, context) not in whole]
-    return [row for row in rows if (row["task"], row["context"]) in whole], lacking
+    kept = []
+    for row in rows:
+        key, method = (row["task"], row["context"]), row["method"]
+        if key in whole and (method in needed or groups[key][method] == groups[key][next(iter(needed))]):
+            kept.append(row)
+    return kept, lacking
+
+
+def below(entries: list[dict[str, Any]]) -> list[str]:
+    """Where another use of the same bytes is better than ours by the mean: a line per context, one way or the other."""
+    lines = []
+    for context in sorted({e["context"] for e in entries}):
+        words = []
+        for task in dict.fromkeys(e["task"] for e in entries if e["context"] == context):
+            of = {e["method"]: e for e in entries if (e["task"], e["context"]) == (task, context)}
+            sign = 1 if TASKS[task].score is None else -1  # perplexity: lower is better
+            better = [m for m in ("streaming", "window", "random") if m in of and "ours" in of]
+            better = [m for m in better if sign * (of["ours"]["value"] - of[m]["value"]) > 0]
+            if better:
+                others = ", ".join(f"{m} {of[m]['value']:.2f}" for m in better)
+                words.append(f"{TASKS[task].title} ({of['ours']['value']:.2f}; {others})")
+        found = "; ".join(words) if words else "nowhere"
+        lines.append(f"At {context} tokens ours is below another use of the same bytes, by the mean: {found}.")
+    return lines
 
 
 def section(name: str, head: dict[str, Any], entries: list[dict[str, Any]], lacking: list[str]) -> list[str]:
     settings, versions = head["settings"], ", ".join(f"{k} {v}" for k, v in head["versions"].items())
-    n = max(e["n"] for e in entries if e["method"] == "full")
+    counts = {(e["task"], e["context"], e["method"]): e["n"] for e in entries}
+    full = {key[:2]: n for key, n in counts.items() if key[2] == "full"}
+    n = max(full.values())
+    fewer = [f"{TASKS[task].title} at {context}: {count}" for (task, context), count in full.items() if count < n]
+    few = f" ({'; '.join(fewer)})" if fewer else ""
+    pooled = sorted({count // full[key[:2]] for key, count in counts.items() if key[2] == "random"})
+    draws = f", {' or '.join(map(str, pooled))} random map{'s' * (pooled != [1])}" if pooled else ""
     lines = [
-        f"### {head['model']}, {head['device']}",
+        f"### {head['model']}, {head['device']}, prefill={settings['prefill']}",
         "",
-        f"n = {n} prompts per cell, {head['dtype']}, prefill={settings['prefill']}, page size {settings['page_size']}, "
+        f"n = {n} prompts per cell{few}{draws}, {head['dtype']}, page size {settings['page_size']}, "
         f"seed {settings['seed']}; {versions}. Share found with its 95 % interval; perplexity with KL to the full cache in "
         f"nats per token. Haystacks: {'the text given' if settings['texts'] else 'made-up prose'}.",
         "",
@@ -89,6 +132,7 @@ def section(name: str, head: dict[str, Any], entries: list[dict[str, Any]], lack
                     cells.append(f"{e['value']:.2f} [{e['low']:.2f}, {e['high']:.2f}]")
             lines.append(f"| {TASKS[task].title} | " + " | ".join(cells) + " |")
         lines.append("")
+    lines += [*below(entries), ""]
     if lacking:
         lines += [f"Left out because the run was cut short: {', '.join(lacking)}.", ""]
     return lines

@@ -160,6 +160,8 @@ def _caches(args: argparse.Namespace) -> int:
         profile_name=source,
         progress=say,
     )
+    if args.random_weights:
+        table.model += ", random weights"
     if args.plot:
         from ..eval.speed_plot import plot
 
