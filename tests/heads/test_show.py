@@ -58,16 +58,29 @@ def test_capacity_counts_whole_sessions(capsys):
         capsys, NAME, "--gpu-memory", "80GiB", "--weights-bytes", "16GB", "--context", "128k", "--json"
     )
     found = json.loads(out)["capacity"]
-    left = int(80 * 2**30 * 0.9) - 16 * 10**9
+    left = 80 * 2**30 - 16 * 10**9 - 2**30 - 16 * 10**9 // 50
     each = profile.kv_bytes(131072) + profile.table_bytes(131072)
     assert status == 0 and found["available"] == left
-    assert found["head_aware_bytes"] == each and found["head_aware"] == left // each
-    assert found["dense_bytes"] == 32 * 8 * 131072 * 128 * 2 * 2 and found["dense"] == left // found["dense_bytes"]
+    assert [found[name] for name in ("weights", "runtime", "activations")] == [16 * 10**9, 2**30, 16 * 10**9 // 50]
+    assert found["head_aware_bytes"] == each and found["fixed"] == left // each
+    assert found["dense_bytes"] == 32 * 8 * 131072 * 128 * 2 * 2
+    for kind, rest in (
+        ("dense", "dense"),
+        ("paged", "paged"),
+        ("head_aware", "head_aware"),
+        ("separate", "head_aware"),
+    ):
+        assert found[kind] == left // (found[f"{rest}_bytes"] + found[f"{kind}_extra"])
     assert found["head_aware"] >= 1.9 * found["paged"]
     status, out, _ = show(capsys, NAME, "--gpu-memory", "80GiB", "--weights-bytes", "16GB", "--context", "128k")
     assert "assumed: weights 14.9 GiB: given by --weights-bytes" in out and re.search(
-        rf"head-aware +{left // each} ", out
+        rf"max_cache_len +{left // each} ", out
     )
+    assert "runtime 1.0 GiB, activations 305.2 MiB" in out
+    status, out, _ = show(
+        capsys, NAME, "--gpu-memory", "80GiB", "--weights-bytes", "16GB", "--reserve", "3GiB", "--utilization", "0.5", "--json"
+    )  # fmt: skip
+    assert json.loads(out)["capacity"]["available"] == 37 * 2**30 - 16 * 10**9 - 16 * 10**9 // 50
 
 
 def test_capacity_over_ranks_is_decided_by_the_fullest_one():
@@ -153,7 +166,7 @@ def test_model_checks_the_shape_and_counts_parameters(capsys, tmp_path):
                          num_key_value_heads=2, vocab_size=128, dtype="bfloat16", tie_word_embeddings=True)  # fmt: skip
     config.save_pretrained(tmp_path / "model")
     profile = HeadProfile.uniform(config, window=64).save(tmp_path / "p.json")
-    status, out, _ = show(capsys, profile, "--model", tmp_path / "model", "--gpu-memory", "1GiB", "--json")
+    status, out, _ = show(capsys, profile, "--model", tmp_path / "model", "--gpu-memory", "2GiB", "--json")
     attention, mlp, norms = 64 * (64 + 32 + 32 + 64), 3 * 64 * 96, 2 * 64
     assert json.loads(out)["capacity"]["weights"] == 2 * (128 * 64 + 2 * (attention + mlp + norms) + 64)
     status, _, err = show(capsys, NAME, "--model", tmp_path / "model")

@@ -6,16 +6,17 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from redknot_hf import HeadProfile, RedKnotCache
 from redknot_hf.cli import main
 from redknot_hf.errors import PoolExhausted
-from redknot_hf.heads.capacity import capacity
+from redknot_hf.heads.capacity import Activations, _segment, capacity
 from redknot_hf.paging.pages import LayerPages
 from redknot_hf.paging.pool import PagePool
 
 LAYERS, HEADS, DIM = 6, 3, 16
+NONE = Activations(0, 0)
 
 
 def config() -> LlamaConfig:
@@ -59,21 +60,67 @@ def test_capacity_is_what_fits(monkeypatch, page_size, context, kind):
         "global": HeadProfile.all_global(config()),
     }[kind]
     memory = 3 << 20
-    said = capacity(profile, context, memory, 0, page_size=page_size, utilization=1.0)
+    said = capacity(profile, context, memory, 0, page_size=page_size, runtime=0, activations=NONE)
     fits, size = fill(profile, context, memory, page_size, monkeypatch)
     assert size == said.head_aware_bytes
-    assert fits == said.head_aware > 0
+    assert fits == said.fixed > 0
     if kind == "global":
-        assert said.paged == said.head_aware
+        assert said.paged == said.head_aware and said.paged_bytes == size
+
+
+@pytest.mark.parametrize("chunk", [64, 500])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("kind", ["mixed", "global"])
+def test_pools_that_grow_take_no_more_than_is_said(monkeypatch, rows, chunk, kind):
+    """Slabs after a prompt in chunks and some steps, and one of them twice while the last growth goes on."""
+    shape = config()
+    profile = {
+        "mixed": HeadProfile.uniform(shape, sink=4, window=60, global_heads=0.25),
+        "global": HeadProfile.all_global(shape),
+    }[kind]
+    model = AutoModelForCausalLM.from_config(shape, attn_implementation="redknot", dtype=torch.bfloat16).eval()
+
+    def new_pages(cache, layer):  # as on a GPU: pages wherever they are free
+        return LayerPages(
+            cache.pool(layer), layer.sink, layer.window, layer.batch_size, layer.rollback, contiguous=False
+        )
+
+    monkeypatch.setattr(RedKnotCache, "new_pages", new_pages)
+    cache = RedKnotCache(shape, profile)
+    context, most = 3000, 0
+    with torch.no_grad():
+        for start in range(0, context - 8, chunk):
+            ids = torch.ones(rows, min(chunk, context - 8 - start), dtype=torch.long)
+            model(ids, past_key_values=cache, logits_to_keep=1)
+        for _ in range(8):
+            model(ids[:, :1], past_key_values=cache)
+            most = max(most, cache.memory_report().allocated)
+    slab = max(pool.k.nbytes for pool in cache._pools.values())
+    said = capacity(profile, context, 1 << 30, 0, runtime=0, activations=NONE)
+    scratch = LAYERS * 2 * 64 * DIM * 2 * 2  # page 0 of every layer
+    assert most + slab - scratch <= rows * (said.head_aware_bytes + said.head_aware_extra)
+    assert rows * said.head_aware_bytes <= most
+
+
+def test_activations_and_what_the_allocator_rounds():
+    shape = config()
+    found = Activations.of(shape, chunk=100)
+    token = 6 * 96 + 2 * (6 + 2 * HEADS) * DIM + 3 * 8
+    assert found == Activations(100 * token * 2 + 8 * 6, 8 * 6)
+    mib = 1 << 20
+    assert [_segment(n * mib) for n in (1, 2, 4, 9, 10, 11, 33)] == [n * mib for n in (1, 2, 4, 10, 10, 12, 34)]
+    assert _segment(4 * mib + 1) == 5 * mib and _segment(1) == 512
+    said = capacity(HeadProfile.all_global(shape), 4096, 1 << 31, 100, activations=found)
+    assert said.available == (1 << 31) - 100 - said.runtime - found.prompt
 
 
 def test_the_printed_figure(monkeypatch, tmp_path, capsys):
     profile = HeadProfile.uniform(config(), sink=4, window=60, global_heads=0.25)
     profile.save(tmp_path / "p.json")
     memory = 2 << 20
-    arguments = ["--gpu-memory", str(memory + 1), "--weights-bytes", "1", "--context", "500", "--utilization", "1"]
+    arguments = ["--gpu-memory", str(memory + 2), "--weights-bytes", "1", "--context", "500", "--reserve", "1"]
     assert main(["show", str(tmp_path / "p.json"), *arguments, "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)["capacity"]["head_aware"]
+    printed = json.loads(capsys.readouterr().out)["capacity"]["fixed"]
     assert printed == fill(profile, 500, memory, 64, monkeypatch)[0]
 
 
@@ -84,12 +131,14 @@ def test_the_weights_of_a_model_are_counted(smollm2, smollm2_path, monkeypatch, 
     profile.save(tmp_path / "p.json")
     context, memory = 2048, 1 << 30
     arguments = ["show", str(tmp_path / "p.json"), "--model", str(smollm2_path), "--gpu-memory", "1GiB"]
+    arguments += ["--reserve", "64MiB"]
     assert main([*arguments, "--context", "2k", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)["capacity"]
     weights = sum(parameter.numel() for parameter in model.parameters()) * 2  # its config says bfloat16
     assert printed["weights"] == weights
-    left = int(0.9 * memory) - weights
-    assert printed["available"] == left
+    activations = Activations.of(model.config)
+    left = memory - weights - (64 << 20) - activations.prompt
+    assert printed["available"] == left and printed["activations"] == activations.prompt < 64 << 20
     keys = torch.zeros(1, 3, context, 64, dtype=torch.bfloat16)
     live = []
     for given in (profile, HeadProfile.all_global(model.config)):
@@ -97,5 +146,6 @@ def test_the_weights_of_a_model_are_counted(smollm2, smollm2_path, monkeypatch, 
         cache.adopt(((keys, keys) for _ in range(30)), context)
         live.append(cache.memory_report())
     assert [printed["head_aware_bytes"], printed["paged_bytes"]] == [report.live for report in live]
-    assert printed["head_aware"] == left // live[0].live > printed["paged"] == left // live[1].live
-    assert printed["dense"] == left // live[0].dense
+    logits = activations.session
+    assert printed["fixed"] == left // (live[0].live + logits) >= printed["head_aware"] > printed["paged"]
+    assert 0.9 * left // live[0].dense <= printed["dense"] <= left // (live[0].dense + logits)

@@ -87,9 +87,20 @@ def _placement_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _capacity_lines(found: dict[str, Any]) -> list[str]:
-    lines = [f"sessions on a device of {size_text(found['gpu_memory'])} ({size_text(found['available'])} left for KV)"]
-    for key, label in (("dense", "dense"), ("paged", "paged, all heads"), ("head_aware", "head-aware")):
-        lines.append(f"  {label:18} {found[key]:6}   ({size_text(found[f'{key}_bytes'])} each)")
+    taken = ", ".join(f"{name} {size_text(found[name])}" for name in ("weights", "runtime", "activations"))
+    lines = [
+        f"sessions on a device of {size_text(found['gpu_memory'])} ({taken}: {size_text(found['available'])} left for KV)"
+    ]
+    kinds = (
+        ("dense", "dense", "dense"),
+        ("paged", "paged", "paged, all heads"),
+        ("head_aware", "head_aware", "head-aware"),
+        ("separate", "head_aware", "  a cache each"),
+        ("fixed", "head_aware", "  max_cache_len"),
+    )
+    for key, bytes_of, label in kinds:
+        rest, extra = found[f"{bytes_of}_bytes"], found[f"{key}_extra"]
+        lines.append(f"  {label:18} {found[key]:6}   ({size_text(rest)} each + {size_text(extra)} extra)")
     return [*lines, *[f"  assumed: {text}" for text in found["assumptions"]]]
 
 

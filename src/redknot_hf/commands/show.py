@@ -57,8 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--context", type=_tokens, metavar="N", help="tokens per session (default: --seq-len)")
     fit.add_argument("--model", metavar="ID", help="path or Hub id of the model: checks the profile, counts parameters")
     fit.add_argument("--weights-bytes", type=_bytes, metavar="SIZE", help="size of the weights, instead of --model")
+    fit.add_argument("--utilization", type=float, default=1.0, metavar="X", help="share this process may take (1.0)")
     fit.add_argument(
-        "--utilization", type=float, default=0.9, metavar="X", help="share usable for weights and KV (0.9)"
+        "--reserve", type=_bytes, metavar="SIZE", help="CUDA context, kernels and libraries (default 1GiB)"
+    )
+    fit.add_argument(
+        "--chunk", type=_tokens, default=2048, metavar="N", help="prompt tokens fed at a time, for activations (2048)"
     )
 
     foreign = parser.add_argument_group("head maps of other projects")
@@ -183,7 +187,7 @@ def _placement(profile: HeadProfile, args: argparse.Namespace, head_dim: int | N
 
 
 def _capacity(profile: HeadProfile, args: argparse.Namespace, config: Any, head_dim: int | None) -> dict[str, Any]:
-    from ..heads.capacity import capacity
+    from ..heads.capacity import RUNTIME_BYTES, Activations, capacity
 
     if args.weights_bytes is not None:
         weights, source = args.weights_bytes, "given by --weights-bytes"
@@ -201,9 +205,12 @@ def _capacity(profile: HeadProfile, args: argparse.Namespace, config: Any, head_
         head_dim=head_dim,
         utilization=args.utilization,
         world_size=args.world_size or 1,
+        runtime=RUNTIME_BYTES if args.reserve is None else args.reserve,
+        activations=None if config is None else Activations.of(config, args.chunk),
+        chunk=args.chunk,
     ).as_dict()
     found["assumptions"].insert(0, f"weights {size_text(weights)}: {source}")
-    return {"gpu_memory": args.gpu_memory, "weights": weights, **found}
+    return {"gpu_memory": args.gpu_memory, **found}
 
 
 def _weights_of(config: Any) -> tuple[int, str]:
