@@ -1,15 +1,18 @@
-"""Choose a sparse FFN schedule of one model by measurement, and measure what it costs on texts that chose nothing.
+"""Choose sparse FFN schedules of one model by measurement, and measure what they cost on texts that chose nothing.
 
-    python benchmarks/sparse_ffn/fit.py --model DIR --data DIR --out DIR [--device cuda] [--n 24] [--check 48]
+    python benchmarks/sparse_ffn/fit.py --model DIR --data DIR --out DIR [--device cuda] [--tf32] [--rows 0.769 0.85]
 
-1. Every layer of the last third alone, at every share of rows: KL on text and on needles' answers (chosen from one half of
-   the texts). The last layer keeps nothing: no later token reads what its FFN adds to earlier rows.
-2. The shares that give the least sum of KL at a share of FFN rows, by dynamic programming over the layers.
-3. All layers together, on the other half of the texts, at several context lengths, beside the same shares chosen by the
-   paper's importance and a flat share of the same cost.
+1. Every layer that may be sparse alone, at several shares of its rows: KL on texts. The last layer keeps nothing: no later
+   token reads what its FFN adds to earlier rows.
+2. For every share of FFN rows wanted: the shares per layer with the least sum of these, by dynamic programming.
+3. What single layers cost does not add up. So all layers together are measured, at two context lengths, with each layer's
+   share a step up and a step down, and rows are moved from where they matter less to where they matter more, as long as the
+   joint KL falls.
+4. On other texts, and needles, at several context lengths: the result, the same shares under other importances, and other
+   ways to choose.
 
-What single layers cost does not add up exactly; step 3 says what the whole costs. Rows go to fit.jsonl as they come; run
-again to go on. Written: fit.jsonl, fit.json.
+Rows of step 4 go to check.jsonl as they come, the choice to chosen.json; run again to go on with step 4. Written as well:
+search.jsonl (every joint measurement of step 3), fit.json.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,14 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from frontier import CONTINUATION, KINDS, Replay, measure, read_texts
+from batches import Prefilled, Replay, in_batches, prompts, read_texts
 
 import redknot_hf
-from redknot_hf.heads.profiler.tasks import Sample, make_needles, make_texts
-from redknot_hf.heads.profiler.texts import TokenStream
 from redknot_hf.sparse_ffn import Band, SparseFFNSchedule
 from redknot_hf.sparse_ffn.structure import find_blocks
 
-SHARES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
+SINGLE_SHARES = (0.8, 0.6, 0.4, 0.2, 0.0)
+STEP = 0.1  # of a layer's share in one move
 
 
 def schedule(keeps: dict[int, float], layers: int, **options: Any) -> SparseFFNSchedule:
@@ -49,38 +50,98 @@ def schedule(keeps: dict[int, float], layers: int, **options: Any) -> SparseFFNS
     return SparseFFNSchedule(bands=tuple(bands), **options)
 
 
-def prompts(tokenizer: Any, texts: list[str], role: str, n: int, context: int) -> list[Sample]:
-    """n texts and n needles that share no piece of text with another role."""
-    half = len(texts) // 2
-    part = texts[:half] if role == "fit" else texts[half:]
-    middle = len(part) // 2
-    found = make_texts(
-        tokenizer, TokenStream(tokenizer, part[:middle], f"{role}-text-{context}"), n, context, CONTINUATION
-    )
-    stream = TokenStream(tokenizer, part[middle:], f"{role}-needle-{context}")
-    return found + make_needles(tokenizer, stream, n, context, f"{role}-{context}", KINDS)
+def random_rows(view: Any) -> torch.Tensor:
+    """Baseline: rows at random, other ones in each layer, the same in each run."""
+    generator = torch.Generator().manual_seed(view.layer)
+    return torch.rand(view.ffn_input.shape[:2], generator=generator).to(view.ffn_input.device)
 
 
-def cheapest(cost: dict[tuple[int, float], float], layers: list[int], rows_to_skip: float) -> dict[int, float]:
-    """Shares per layer with the least total cost that skip at least so many layers' worth of rows; in steps of 0.2."""
-    step = 0.2
-    need = int(rows_to_skip / step + 0.999)
-    best: dict[int, tuple[float, dict[int, float]]] = {0: (0.0, {})}
-    for layer in layers:
-        new: dict[int, tuple[float, dict[int, float]]] = {}
-        for skipped, (total, chosen) in best.items():
-            for keep in SHARES:
-                to = min(need, skipped + round((1 - keep) / step))
-                price = total + (0.0 if keep == 1.0 else max(0.0, cost[layer, keep]))
-                if to not in new or price < new[to][0]:
-                    new[to] = (price, {**chosen, layer: keep})
-        best = new
-    return best[need][1]
+class Search:
+    """The shares of the layers that may be sparse, judged by the mean of the KL at every length of the fitting texts.
 
+    Args:
+        groups: of one context length each.
+        tokens: that shares of rows are counted at.
+    """
 
-def mean(rows: Iterable[dict[str, Any]], key: str) -> float:
-    values = [row[key] for row in rows if key in row]
-    return sum(values) / len(values) if values else float("nan")
+    def __init__(self, groups: list[list[Prefilled]], layers: int, first: int, tokens: int, options: dict[str, Any]):
+        self.groups, self.layers, self.tokens, self.options = groups, layers, tokens, options
+        self.free = list(range(first, layers - 1))
+        self.known: dict[tuple[float, ...], float] = {}
+
+    def blocks(self, keep: float) -> int:
+        """Buckets of rows that a layer runs at this share."""
+        plain = SparseFFNSchedule(keep=0.5)
+        always = plain.sink + plain.recent
+        return min(-(-max(int(keep * self.tokens + 1 - 1e-9), always) // plain.bucket), self.tokens // plain.bucket)
+
+    def all_blocks(self, keeps: dict[int, float]) -> int:
+        return sum(self.blocks(keeps.get(layer, 1.0)) for layer in range(self.layers))
+
+    def budget(self, rows: float) -> int:
+        return int(rows * self.layers * self.blocks(1.0))
+
+    def single(self, layer: int, keep: float) -> float:
+        return self.measure({layer: keep}, self.groups[:1])
+
+    def cost(self, keeps: dict[int, float]) -> float:
+        key = tuple(keeps[layer] for layer in self.free)
+        if key not in self.known:
+            self.known[key] = self.measure(keeps, self.groups)
+        return self.known[key]
+
+    def measure(self, keeps: dict[int, float], groups: list[list[Prefilled]], **options: Any) -> float:
+        plan = schedule(keeps, self.layers, **{**self.options, **options})
+        means = []
+        for group in groups:
+            found = [result["kl"] for batch in group for result in batch.run(plan)]
+            means.append(sum(found) / len(found))
+        return sum(means) / len(means)
+
+    def cheapest(self, single: dict[tuple[int, float], float], rows: float) -> dict[int, float]:
+        """Shares with the least sum of single costs that run at most these rows, by dynamic programming."""
+        need = self.layers * self.blocks(1.0) - self.budget(rows) - (self.blocks(1.0) - self.blocks(0.0))
+        best: dict[int, tuple[float, dict[int, float]]] = {0: (0.0, {})}
+        for layer in self.free:
+            new: dict[int, tuple[float, dict[int, float]]] = {}
+            for skipped, (total, chosen) in best.items():
+                for keep in (1.0, *SINGLE_SHARES):
+                    if keep != 1.0 and (layer, keep) not in single:
+                        continue
+                    to = min(need, skipped + self.blocks(1.0) - self.blocks(keep))
+                    price = total + (0.0 if keep == 1.0 else max(0.0, single[layer, keep]))
+                    if to not in new or price < new[to][0]:
+                        new[to] = (price, {**chosen, layer: keep})
+            best = new
+        return {
+            **best[max(best)][1],
+            self.layers - 1: 0.0,
+        }  # fewer than wanted where all layers together do not suffice
+
+    def refine(self, keeps: dict[int, float], rows: float, until: float, say: Any) -> dict[int, float]:
+        """Moves rows between layers while that makes the joint KL fall and time is left."""
+        while time.time() < until:
+            here = self.cost(keeps)
+            gain, loss = {}, {}  # of a step more, of a step less
+            for layer in self.free:
+                for step, table in ((STEP, gain), (-STEP, loss)):
+                    share = round(keeps[layer] + step, 3)
+                    if 0 <= share <= 1 and time.time() < until:
+                        table[layer] = self.cost({**keeps, layer: share}) - here
+            moves = sorted((loss[a] + gain[b], a, b) for a in loss for b in gain if a != b)
+            tried = []
+            for _, a, b in moves:
+                moved = {**keeps, a: round(keeps[a] - STEP, 3), b: round(keeps[b] + STEP, 3)}
+                if self.all_blocks(moved) <= self.budget(rows):
+                    tried.append((self.cost(moved), moved))
+                if len(tried) == 5 or time.time() > until:
+                    break
+            better = [entry for entry in tried if entry[0] < here]
+            say(f"joint KL {here:.5f}, moves {[round(value, 5) for value, _ in tried]}")
+            if not better:
+                break
+            keeps = min(better, key=lambda entry: entry[0])[1]
+        return keeps
 
 
 def main() -> None:
@@ -89,14 +150,26 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder with text/")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--n", type=int, default=16, help="texts, and needles, that choose")
-    parser.add_argument("--check", type=int, default=48, help="texts, and needles, per context length that judge")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096])
-    parser.add_argument("--rows", type=float, nargs="+", default=[0.85, 0.75], help="shares of all FFN rows to run")
+    parser.add_argument("--tf32", action="store_true", help="products of a GPU in TF32")
+    parser.add_argument("--fit", type=int, nargs="+", default=[24, 12], help="texts per context length that choose")
+    parser.add_argument("--fit-contexts", type=int, nargs="+", default=[2048, 4096])
+    parser.add_argument(
+        "--check", type=int, nargs="+", default=[100, 60, 40], help="texts per context length that judge"
+    )
+    parser.add_argument("--needles", type=int, nargs="+", default=[100, 100, 0], help="needles that judge")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--rows", type=float, nargs="+", default=[0.769, 0.85, 0.7], help="shares of all rows to run")
     parser.add_argument("--first-layer", type=int, help="first layer that may be sparse (default: the last third)")
-    parser.add_argument("--max-seconds", type=float, default=1e9, help="start no prompt after this time")
+    parser.add_argument("--query-block", type=int, default=128)
+    parser.add_argument("--choose-every", type=int, default=1)
+    parser.add_argument("--search-seconds", type=float, default=20, help="for each share of --rows")
+    parser.add_argument("--batch-tokens", type=int, default=32768)
+    parser.add_argument("--max-seconds", type=float, default=1e9, help="start no batch after this time")
     args = parser.parse_args()
+    start = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.tf32:
+        torch.set_float32_matmul_precision("high")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="redknot")
     model = model.to(args.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -104,87 +177,147 @@ def main() -> None:
     layers = len(find_blocks(model))
     first = layers * 2 // 3 if args.first_layer is None else args.first_layer
     replay = Replay(model, first)
-    path = args.out / "fit.jsonl"
-    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(row["role"], row["context"], row["index"], row["name"]) for row in rows}
-    start = time.time()
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "redknot_hf": redknot_hf.__version__,
-    }
-    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "cpu"
+    options = {"query_block": args.query_block, "choose_every": args.choose_every}
 
-    def run(role: str, context: int, n: int, table: dict[str, SparseFFNSchedule]) -> None:
-        with path.open("a") as file:
-            for index, sample in enumerate(interleaved(prompts(tokenizer, texts, role, n, context))):
-                todo = {name: value for name, value in table.items() if (role, context, index, name) not in done}
-                if not todo or time.time() - start > args.max_seconds:
-                    continue
-                for name, result in measure(model, sample, todo, replay, args.device):
-                    kind = "text" if sample.kind == "text" else "needle"
-                    row = {"role": role, "context": context, "index": index, "kind": kind, "name": name, **result}
-                    rows.append(row)
-                    file.write(json.dumps(row) + "\n")
-                    file.flush()
-        print(f"[{time.time() - start:5.0f}s] {role} at {context}: {len(table)} schedules", flush=True)
+    def say(line: str) -> None:
+        print(f"[{time.time() - start:5.0f}s] {line}", flush=True)
 
-    singles = {
-        f"layer {layer} keep {keep}": schedule({layer: keep}, layers)
-        for layer in range(first, layers - 1)
-        for keep in SHARES[1:]
-    }
-    run("fit", args.contexts[0], args.n, singles)
-    cost = {}
-    for layer in range(first, layers - 1):
-        for keep in SHARES[1:]:
-            mine = [row for row in rows if row["role"] == "fit" and row["name"] == f"layer {layer} keep {keep}"]
-            cost[layer, keep] = mean((r for r in mine if r["kind"] == "text"), "kl")
-        print(layer, *(f"{keep}: {cost[layer, keep]:.5f}" for keep in SHARES[1:]))
-    chosen, table = {}, {}
-    for share in args.rows:
-        keeps = {**cheapest(cost, list(range(first, layers - 1)), (1 - share) * layers - 1), layers - 1: 0.0}
-        chosen[share] = keeps
-        table[f"fitted {share}"] = schedule(keeps, layers)
-        table[f"fitted {share}, the paper's importance"] = schedule(keeps, layers, importance="attention_norm")
-        skip = ((1 - share) * layers - 1) / (layers - 1 - first)
-        table[f"flat {share}"] = schedule(
-            {**dict.fromkeys(range(first, layers - 1), 1 - skip), layers - 1: 0.0}, layers
-        )
+    path = args.out / "chosen.json"
+    if path.exists():
+        chosen = json.loads(path.read_text())
+    else:
+        chosen = choose(args, replay, tokenizer, texts, layers, first, options, say)
+        path.write_text(json.dumps(chosen, indent=1) + "\n")
+    table: dict[str, SparseFFNSchedule] = {}
+    for number, (share, keeps) in enumerate(chosen["keeps"].items()):
+        keeps = {int(layer): keep for layer, keep in keeps.items()}
+        table[f"fitted {share}"] = schedule(keeps, layers, **options)
+        table[f"fitted {share}, attention_norm"] = schedule(keeps, layers, importance="attention_norm")
+        if number == 0:
+            other = {**options, "importance": "received_attention"}
+            table[f"fitted {share}, received_attention"] = schedule(keeps, layers, **other)
+            table[f"fitted {share}, random"] = schedule(keeps, layers, importance=random_rows)
+            table[f"fitted {share}, choose_every 2"] = schedule(keeps, layers, **{**options, "choose_every": 2})
+            table[f"fitted {share}, choose_every 4"] = schedule(keeps, layers, **{**options, "choose_every": 4})
     table["last layer only"] = schedule({layers - 1: 0.0}, layers)
-    for context in args.contexts:
-        run("check", context, args.check, table)
-    result = []
-    for context in args.contexts:
-        for name in ("dense", *table):
-            mine = [r for r in rows if (r["role"], r["context"], r["name"]) == ("check", context, name)]
-            part = {kind: [r for r in mine if r["kind"] == kind] for kind in ("text", "needle")}
-            kl = torch.tensor([r["kl"] for r in part["text"]], dtype=torch.float64)
-            result.append(
-                {
-                    "context": context, "schedule": name, "ffn_rows": mean(part["text"] or part["needle"], "rows"),
-                    "n": len(kl), "kl_text": float(kl.mean()) if len(kl) else None,
-                    "kl_stderr": float(kl.std() / len(kl) ** 0.5) if len(kl) > 1 else None,
-                    "kl_median": float(kl.median()) if len(kl) else None,
-                    "needles": len(part["needle"]), "needle_accuracy": mean(part["needle"], "match"),
-                    "kl_needle": mean(part["needle"], "kl"),
-                }
-            )  # fmt: skip
-            print(json.dumps(result[-1]))
+    rows = check(args, replay, tokenizer, texts, table, start, say)
+    result = summary(rows, args.contexts, ["dense", *table])
+    for entry in result:
+        print(json.dumps(entry))
     report = {
         "command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "model": Path(args.model).name,
-        "device": device, "dtype": "float32", "versions": versions, "fitted_on": f"{args.n} texts at {args.contexts[0]}",
-        "single_layer_kl": {f"{layer} {keep}": value for (layer, keep), value in cost.items()},
-        "keeps": {str(share): {str(k): v for k, v in keeps.items()} for share, keeps in chosen.items()},
-        "check": result,
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "cpu",
+        "dtype": "float32, products in TF32" if args.tf32 else "float32",
+        "versions": {
+            "torch": torch.__version__, "transformers": transformers.__version__, "redknot_hf": redknot_hf.__version__,
+        },
+        **chosen, "options": options, "check": result,
     }  # fmt: skip
     (args.out / "fit.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
-def interleaved(samples: list[Sample]) -> list[Sample]:
-    """Texts and needles in turn, so that a run that is cut short has both."""
-    half = len(samples) // 2
-    return [sample for pair in zip(samples[:half], samples[half:], strict=True) for sample in pair]
+def choose(
+    args: Any, replay: Replay, tokenizer: Any, texts: list[str], layers: int, first: int, options: Any, say: Any
+) -> dict[str, Any]:
+    """Steps 1 to 3."""
+    groups = []
+    for context, n in zip(args.fit_contexts, args.fit, strict=True):
+        samples = prompts(tokenizer, texts, "fit", "text", n, context)
+        batches = in_batches(samples, args.batch_tokens)
+        groups.append([Prefilled(replay, [samples[i] for i in batch], args.device) for batch in batches])
+    search = Search(groups, layers, first, args.fit_contexts[0], options)
+    say(f"dense runs of {sum(args.fit)} texts")
+    single: dict[tuple[int, float], float] = {}
+    for layer in search.free:
+        for keep in SINGLE_SHARES:
+            single[layer, keep] = search.single(layer, keep)
+            if single[layer, keep] > 0.008:
+                break  # shares below cost more
+    say("single layers")
+    print(json.dumps({f"{layer} {keep}": round(value, 6) for (layer, keep), value in single.items()}))
+    found: dict[str, Any] = {}
+    joint: dict[str, Any] = {}
+    for share in args.rows:
+        keeps = search.cheapest(single, share)
+        before = search.cost(keeps)
+        keeps = search.refine(keeps, share, time.time() + args.search_seconds, say)
+        found[str(share)] = {str(layer): keep for layer, keep in keeps.items()}
+        ways = {
+            "as chosen": {}, "query_block 64": {"query_block": 64}, "query_block 256": {"query_block": 256},
+            "choose_every 2": {"choose_every": 2}, "received_attention": {"importance": "received_attention"},
+        }  # fmt: skip
+        joint[str(share)] = {
+            "sum of single layers": sum(single.get((layer, keep), 0.0) for layer, keep in keeps.items()),
+            "first guess": before,
+            **{name: search.measure(keeps, groups, **way) for name, way in ways.items()},
+        }
+        say(f"rows {share}: {keeps} { ({k: round(v, 5) for k, v in joint[str(share)].items()}) }")
+    with (args.out / "search.jsonl").open("w") as file:
+        for key, value in search.known.items():
+            file.write(json.dumps({"keeps": dict(zip(search.free, key, strict=True)), "kl": value}) + "\n")
+    return {
+        "fitted_on": f"{args.fit} texts at {args.fit_contexts} tokens",
+        "single_layer_kl": {f"{layer} {keep}": value for (layer, keep), value in single.items()},
+        "joint_kl": joint,
+        "keeps": found,
+    }
+
+
+def check(
+    args: Any, replay: Replay, tokenizer: Any, texts: list[str], table: dict[str, Any], start: float, say: Any
+) -> list[dict[str, Any]]:
+    """Step 4: one row per prompt and schedule."""
+    path = args.out / "check.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(row["context"], row["kind"], row["index"], row["name"]) for row in rows}
+    with path.open("a") as file:
+        for context, n, needles in zip(args.contexts, args.check, args.needles, strict=True):
+            for kind, count in (("text", n), ("needle", needles)):
+                samples = prompts(tokenizer, texts, "check", kind, count, context)
+                for batch in in_batches(samples, args.batch_tokens):
+                    todo = [name for name in table if any((context, kind, i, name) not in done for i in batch)]
+                    if not todo or time.time() - start > args.max_seconds:
+                        continue
+                    prefilled = Prefilled(replay, [samples[i] for i in batch], args.device)
+                    for name in ("dense", *todo):
+                        results = prefilled.dense() if name == "dense" else prefilled.run(table[name])
+                        for index, result in zip(batch, results, strict=True):
+                            if (context, kind, index, name) in done:
+                                continue
+                            row = {"context": context, "kind": kind, "index": index, "name": name, **result}
+                            rows.append(row)
+                            file.write(json.dumps(row) + "\n")
+                    file.flush()
+                    del prefilled
+                say(f"{kind} at {context}")
+    return rows
+
+
+def summary(rows: list[dict[str, Any]], contexts: list[int], names: list[str]) -> list[dict[str, Any]]:
+    """One entry per context and schedule."""
+    found = []
+    for context in contexts:
+        for name in names:
+            part = {k: [r for r in rows if (r["context"], r["kind"], r["name"]) == (context, k, name)] for k in
+                    ("text", "needle")}  # fmt: skip
+            kl = torch.tensor([row["kl"] for row in part["text"]], dtype=torch.float64)
+            needles = part["needle"]
+            every = part["text"] or needles
+            if not every:
+                continue
+            found.append(
+                {
+                    "context": context, "schedule": name, "ffn_rows": sum(r["rows"] for r in every) / len(every),
+                    "n": len(kl), "kl_text": float(kl.mean()) if len(kl) else None,
+                    "kl_stderr": float(kl.std() / len(kl) ** 0.5) if len(kl) > 1 else None,
+                    "kl_median": float(kl.median()) if len(kl) else None,
+                    "kl_most": float(kl.max()) if len(kl) else None,
+                    "needles": len(needles),
+                    "needle_accuracy": sum(r["match"] for r in needles) / len(needles) if needles else None,
+                    "kl_needle": sum(r["kl"] for r in needles) / len(needles) if needles else None,
+                }
+            )  # fmt: skip
+    return found
 
 
 if __name__ == "__main__":

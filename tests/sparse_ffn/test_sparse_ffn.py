@@ -344,7 +344,7 @@ def test_positions_count_from_the_first_real_token_and_over_chunks():
         model(ids[:, 30:], attention_mask=mask, past_key_values=cache)
 
     layers = chosen(model, chunked, boundaries=[28])
-    first, second = layers[0], layers[3]
+    first, second = layers[0], layers[1]
     assert positions(first[0]) == [10, 11, *range(24, 30)]
     assert positions(second[0]) == [8, 9, 10, *range(24, 30)]  # positions 28..30 are columns 38..40
     assert positions(second[1]) == [0, *range(14, 20)]

@@ -1,6 +1,7 @@
 """`SparseFFN`: puts a schedule into effect on a model, in one thread, until the context ends.
 
-Inside, each FFN module of the model has an instance attribute ``forward``, and a few hooks feed what the forward knows.
+Inside, each FFN module of the model, and the norm before it, has an instance attribute ``forward``, and a few hooks feed
+what the forward knows.
 They are put in when the first context on the model opens and taken out when the last one closes, whatever the order;
 afterwards the modules are what they were. A forward in a thread without an open context, or while torch.compile traces,
 runs the original.
@@ -21,7 +22,7 @@ import torch
 from .. import attention
 from ..errors import RedKnotError, UnsupportedModel, shorten
 from .run import Run, rows_of
-from .schedule import SparseFFNSchedule
+from .schedule import OF_ATTENTION, SparseFFNSchedule
 from .stats import SparseFFNStats
 from .structure import Block, decoder_of, find_blocks, first_of, hidden_states
 
@@ -46,7 +47,7 @@ class SparseFFN:
         schedule: what passes, or the name of a measured preset. There is no default: what a model tolerates has to be
             measured (docs/sparse-ffn.md).
         query_tokens: trailing tokens of the prompt that ask; they always pass, and their attention is what
-            "received_attention" counts if they are more than ``schedule.query_block``.
+            "received_attention" and "accumulated_attention" count if they are more than ``schedule.query_block``.
         boundaries: request positions at which segments begin.
 
     Attributes:
@@ -54,7 +55,7 @@ class SparseFFN:
 
     Raises:
         UnsupportedModel: a layer's FFN is not of the form norm -> FFN -> residual; says which.
-        RedKnotError: the model is in training mode, or "received_attention" is wanted of a model that does not run
+        RedKnotError: the model is in training mode, or attention is to be measured in a model that does not run
             attn_implementation="redknot".
 
     Example:
@@ -86,6 +87,7 @@ class SparseFFN:
         self._refuse_training()
         self._blocks = find_blocks(model)
         self.rules = schedule.rules(len(self._blocks))
+        self.measured = frozenset(schedule.measured(len(self._blocks)))
         self.observed = self._observed()
         self._check_attention()
         self.stats = SparseFFNStats(len(self._blocks))
@@ -127,7 +129,9 @@ class SparseFFN:
             if splice is not None:
                 splice.skipped += seen - run
 
-        return Run(self.schedule, self.rules, self.observed, rows, self.query_tokens, self.boundaries, count)
+        return Run(
+            self.schedule, self.rules, self.measured, self.observed, rows, self.query_tokens, self.boundaries, count
+        )
 
     def _refuse_training(self) -> None:
         if self._decoder.training:
@@ -135,16 +139,16 @@ class SparseFFN:
             raise RedKnotError(f"the model is in training mode{grad}: SparseFFN serves inference, call model.eval()")
 
     def _observed(self) -> frozenset[int]:
-        """Layers whose attention has to be measured: for each sparse layer the last one that attends before its FFN."""
-        if self.schedule.importance != "received_attention":
+        """Layers whose attention is measured: for each that ranks by it the last one that attends before its FFN."""
+        if self.schedule.importance not in OF_ATTENTION:
             return frozenset()
         found = set()
-        for block, rule in zip(self._blocks, self.rules, strict=True):
-            if rule is not None and block.ffn:
+        for block in self._blocks:
+            if block.index in self.measured and block.ffn:
                 last = block.index - 1 if block.ffn_first else block.index
                 attending = [b.index for b in self._blocks[: last + 1] if b.mixers and _attends(b)]
                 found.update(attending[-1:])
-        if any(self.rules) and not found:
+        if self.measured and not found:
             raise UnsupportedModel(
                 f"{type(self._decoder).__name__} has no attention before its sparse FFNs that could be measured: take "
                 "importance='attention_norm' or 'hidden_change'"
@@ -152,13 +156,14 @@ class SparseFFN:
         return frozenset(found)
 
     def _check_attention(self) -> None:
-        if self.schedule.importance != "received_attention":
+        if not self.observed:
             return
         running = getattr(self._decoder.config, "_attn_implementation", None)
         if running != attention.NAME:
             raise RedKnotError(
-                f"importance='received_attention' is measured inside attn_implementation={attention.NAME!r}, the model runs "
-                f"{running!r}: call model.set_attn_implementation({attention.NAME!r}), or take importance='attention_norm'"
+                f"importance={self.schedule.importance!r} is measured inside attn_implementation={attention.NAME!r}, the "
+                f"model runs {running!r}: call model.set_attn_implementation({attention.NAME!r}), or take "
+                "importance='attention_norm'"
             )
 
 
@@ -168,7 +173,7 @@ def _attends(block: Block) -> bool:
 
 
 class _Installation:
-    """The wrapped FFNs and hooks of one decoder, and who uses them.
+    """The wrapped norms and FFNs and the hooks of one decoder, and who uses them.
 
     Args:
         decoder, blocks: of the model. The decoder is held weakly: it is the key under which this is found.
@@ -220,8 +225,10 @@ class _Installation:
                     mixer = getattr(block.layer, name)
                     self._hooks.append(mixer.register_forward_hook(self._after_mixer))
                     found.update({id(module): (self, block.index) for module in mixer.modules()})
+                if block.norm:
+                    self._wrap(getattr(block.layer, block.norm), block.index, Run.norm)
                 for name in block.ffn:
-                    self._wrap(getattr(block.layer, name), block.index)
+                    self._wrap(getattr(block.layer, name), block.index, Run.ffn)
             _by_module = {**_by_module, **found}
             attention.observe(_look)
         except BaseException:
@@ -244,7 +251,7 @@ class _Installation:
         if not _by_module:
             attention.observe(_look, wanted=False)
 
-    def _wrap(self, module: torch.nn.Module, layer: int) -> None:
+    def _wrap(self, module: torch.nn.Module, layer: int, how: Callable[..., Any]) -> None:
         original, before = module.forward, module.__dict__.get("forward")
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -255,9 +262,9 @@ class _Installation:
             if run is None or x is None or x.dim() != 3:
                 return original(*args, **kwargs)
             if args:
-                return run.ffn(layer, original, x, args[1:], kwargs)
+                return how(run, layer, original, x, args[1:], kwargs)
             rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            return run.ffn(layer, original, x, (), rest)
+            return how(run, layer, original, x, (), rest)
 
         module.forward = forward
         self._wrapped.append((module, forward, before))

@@ -42,7 +42,13 @@ _HOW = (
 def _preset(name: str, kl_text: float, ffn_rows: float, measured: str, keeps: dict[int, float]) -> Preset:
     """``keeps``: layer -> share of its rows; a layer that is not named keeps what the one before it does."""
     bands = tuple(Band(layer, keep=keep) for layer, keep in keeps.items())
-    return Preset(SparseFFNSchedule(bands=bands, name=name), _SMOLLM2, kl_text, ffn_rows, measured)
+    return Preset(
+        SparseFFNSchedule(bands=bands, name=name, importance="received_attention"),
+        _SMOLLM2,
+        kl_text,
+        ffn_rows,
+        measured,
+    )
 
 
 # The last layer's FFN rows are read by nobody but the rows themselves: leaving them out costs nothing in what follows.

@@ -19,7 +19,7 @@ from ..paging.pool import upload
 from ..segments.rows import RowSet
 from ..segments.splice import Observer, SpliceCache, SpliceLayer
 from .importance import Geometry, attention_call_mass, splice_call_mass
-from .schedule import Band, SparseFFNSchedule
+from .schedule import OF_ATTENTION, Band, SparseFFNSchedule
 from .selection import select_rows
 from .structure import first_of, gathered_rows
 
@@ -106,7 +106,8 @@ class Run:
     Args:
         schedule: what to do.
         rules: the band of every layer, None for dense ones.
-        observed: layers whose attention is measured for some sparse layer.
+        measured: layers whose importance holds until the next of them.
+        observed: layers whose attention is measured for one of these.
         rows: of the forward.
         query_tokens: trailing real tokens that are the query.
         boundaries: request positions at which segments begin.
@@ -117,13 +118,15 @@ class Run:
         self,
         schedule: SparseFFNSchedule,
         rules: list[Band | None],
+        measured: frozenset[int],
         observed: frozenset[int],
         rows: Rows,
         query_tokens: int,
         boundaries: tuple[int, ...],
         count: Callable[[int, int, int], None],
     ):
-        self.schedule, self.rules, self.observed, self.rows = schedule, rules, observed, rows
+        self.schedule, self.rules, self.rows = schedule, rules, rows
+        self.measured, self.observed = measured, observed
         self.query_tokens, self.boundaries, self.count = query_tokens, boundaries, count
         self.received: torch.Tensor | None = None
         self._geometry = Geometry()
@@ -132,6 +135,10 @@ class Run:
         self.previous_input: torch.Tensor | None = None
         self._always: tuple[Any, torch.Tensor, int | None] | None = None
         self._chosen: tuple[int, torch.Tensor | None] | None = None
+        self._gathered: tuple[int, torch.Size, torch.Tensor] | None = None  # what `norm` gave to the FFN
+        self._standing: torch.Tensor | None = None  # importance that holds until the next measured layer
+        self._recency: torch.Tensor | None = None
+        self._known: dict[tuple[float | None, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         if rows.splice is not None and observed:
             rows.splice.observer = _Chained(self, rows.splice.observer)
 
@@ -157,18 +164,20 @@ class Run:
         rows = self.rows
         real = None if rows.real is None else rows.real.to(query.device)  # layers may lie on several devices
         with torch.no_grad():
-            self.received = attention_call_mass(
-                query,
-                key,
-                mask,
-                scale,
-                softcap,
-                s_aux,
-                sliding_window,
-                real,
-                self._queries(),
-                rows.past,
-                self._geometry,
+            self._receive(
+                attention_call_mass(
+                    query,
+                    key,
+                    mask,
+                    scale,
+                    softcap,
+                    s_aux,
+                    sliding_window,
+                    real,
+                    self._queries(),
+                    rows.past,
+                    self._geometry,
+                )
             )
 
     def see_splice(self, layer: SpliceLayer, rows: RowSet, query: torch.Tensor, spec: Any) -> None:
@@ -180,7 +189,14 @@ class Run:
         asking = np.flatnonzero(rows.host >= cache.layout.query)
         if len(asking) < self.schedule.query_block:
             asking = np.arange(max(0, len(rows) - self.schedule.query_block), len(rows))
-        self.received = splice_call_mass(query, rows, layer, spec, asking, cache.length)
+        self._receive(splice_call_mass(query, rows, layer, spec, asking, cache.length))
+
+    def _receive(self, mass: torch.Tensor | None) -> None:
+        before = self.received
+        if self.schedule.importance == "accumulated_attention" and mass is not None and before is not None:
+            # the rows of a splice may differ from layer to layer: a sum is one of the same rows
+            mass = mass + before.to(mass.device) if before.shape == mass.shape else mass
+        self.received = mass
 
     def _queries(self) -> int:
         return max(self.schedule.query_block, self.query_tokens)
@@ -189,20 +205,37 @@ class Run:
     def ffn(
         self, layer: int, original: Callable[..., Any], x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """The FFN of ``x [batch, rows, dim]`` with zeros in rows that are left out."""
+        """The FFN of ``x [batch, rows, dim]`` with zeros in rows that are left out; after `norm` left them out,
+        ``x [1, n, dim]`` is those that pass."""
+        gathered, self._gathered = self._gathered, None
+        if gathered is not None and gathered[0] == layer:
+            shape, index, few = gathered[1], gathered[2], x
+        else:
+            chosen = self._choose(layer, original, x)
+            shape = x.shape[:2]
+            if chosen is None:
+                self.count(layer, shape.numel(), shape.numel())
+                return original(x, *args, **kwargs)
+            index, few = chosen, x.flatten(0, 1).index_select(0, chosen)[None]
+        self.count(layer, shape.numel(), len(index))
+        output = original(few, *gathered_rows(args, index, shape), **gathered_rows(kwargs, index, shape))
+        result = first_of(output)
+        whole = result.new_zeros(shape.numel(), result.shape[-1]).index_copy_(0, index, result.flatten(0, 1))
+        whole = whole.unflatten(0, shape)
+        return whole if output is result else type(output)([whole, *output[1:]])
+
+    def norm(
+        self, layer: int, original: Callable[..., Any], x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The norm before a layer's FFN: of the rows of ``x [batch, rows, dim]`` that pass, ``[1, n, dim]``, or of all."""
+        self._gathered = None
+        if self.rules[layer] is None or callable(self.schedule.importance):  # a callable looks at what the FFN gets
+            return original(x, *args, **kwargs)
         index = self._choose(layer, original, x)
-        batch, rows = x.shape[:2]
-        self.count(layer, batch * rows, batch * rows if index is None else len(index))
         if index is None:
             return original(x, *args, **kwargs)
-        few = x.flatten(0, 1).index_select(0, index)[None]
-        output = original(
-            few, *gathered_rows(args, index, (batch, rows)), **gathered_rows(kwargs, index, (batch, rows))
-        )
-        result = first_of(output)
-        whole = result.new_zeros(batch * rows, result.shape[-1]).index_copy_(0, index, result.flatten(0, 1))
-        whole = whole.unflatten(0, (batch, rows))
-        return whole if output is result else type(output)([whole, *output[1:]])
+        self._gathered = (layer, x.shape[:2], index)
+        return original(x.flatten(0, 1).index_select(0, index)[None], *args, **kwargs)
 
     def _choose(self, layer: int, original: Callable[..., Any], x: torch.Tensor) -> torch.Tensor | None:
         """Flat indices of the rows to run, or None for all."""
@@ -220,21 +253,40 @@ class Run:
         real = self.rows.real
         if real is not None and real.shape != (batch, count):
             return None
-        importance = self._importance(layer, original, x)
+        importance = self._standing_importance(layer, original, x) if rule.ranks else self._last_first(x)
         if importance is None or importance.shape != (batch, count):
             return None
         always, fixed = self._always_rows(batch, count, x.device)
-        importance, always = importance.to(x.device), always.to(x.device)
+        key = (rule.keep, rule.mass, rule.above_mean)
+        known = self._known.get(key)
+        if known is not None and known[0] is importance and known[1].device == x.device:
+            return known[1]
+        always = always.to(x.device)
         real = None if real is None else real.to(x.device)
-        index = select_rows(importance, always, real, rule, self.schedule.bucket, fixed)
-        return None if len(index) == batch * count else index
+        index = select_rows(importance.to(x.device), always, real, rule, self.schedule.bucket, fixed)
+        if len(index) == batch * count:
+            return None
+        self._known[key] = (importance, index)
+        return index
+
+    def _standing_importance(self, layer: int, original: Callable[..., Any], x: torch.Tensor) -> torch.Tensor | None:
+        """Of this layer, or of the last measured one before it."""
+        if layer in self.measured or self._standing is None:
+            self._standing = self._importance(layer, original, x)
+        return self._standing
+
+    def _last_first(self, x: torch.Tensor) -> torch.Tensor:
+        """What ranks rows where importance has no say: recency."""
+        if self._recency is None or self._recency.shape != x.shape[:2]:
+            self._recency = torch.arange(x.shape[1], device=x.device, dtype=torch.float32).expand(x.shape[:2])
+        return self._recency
 
     def _importance(self, layer: int, original: Callable[..., Any], x: torch.Tensor) -> torch.Tensor | None:
         kind = self.schedule.importance
         if callable(kind):
             view = LayerView(layer, x, original, self.attention_output, self.input, self.previous_input, self.rows.real)
             return kind(view)
-        if kind == "received_attention":
+        if kind in OF_ATTENTION:
             return self.received
         if kind == "attention_norm":
             return None if self.attention_output is None else _norm(self.attention_output)
@@ -242,7 +294,7 @@ class Run:
         if before is None or now is None or before.shape != now.shape:
             return None
         before = before.to(now.device)
-        return _norm(now.float() - before.float()) / _norm(before).clamp_min(1e-12)
+        return _norm(now - before) / _norm(before).clamp_min(1e-12)
 
     def _always_rows(self, batch: int, count: int, device: torch.device) -> tuple[torch.Tensor, int | None]:
         """bool ``[batch, count]`` of the rows that always pass, and how many each sequence has if all have as many."""

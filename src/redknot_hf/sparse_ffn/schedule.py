@@ -16,7 +16,8 @@ from ..errors import RedKnotError, shorten
 
 __all__ = ["IMPORTANCES", "Band", "SparseFFNSchedule"]
 
-IMPORTANCES = ("received_attention", "attention_norm", "hidden_change")
+IMPORTANCES = ("accumulated_attention", "received_attention", "attention_norm", "hidden_change")
+OF_ATTENTION = IMPORTANCES[:2]
 _RULES = ("mass", "keep", "above_mean")
 
 
@@ -52,6 +53,11 @@ class Band:
         """Every row passes."""
         return self.mass == 1.0 or self.keep == 1.0 or self.above_mean == 0.0
 
+    @property
+    def ranks(self) -> bool:
+        """Importance has a say: neither all rows pass nor only those that always do."""
+        return not self.dense and self.mass != 0.0 and self.keep != 0.0
+
 
 @dataclass(frozen=True)
 class SparseFFNSchedule:
@@ -67,12 +73,16 @@ class SparseFFNSchedule:
         recent: last rows of a forward that always pass. A forward of at most this many rows is dense, so decode steps
             and drafts of assisted decoding are.
         importance: "received_attention": attention that a row's key receives from the last `query_block` queries, summed
-            over query heads; "attention_norm": L2 norm of what attention adds to the row (the paper's);
+            over query heads; "accumulated_attention": the same, summed over this layer and all sparse layers before it
+            that were measured; "attention_norm": L2 norm of what attention adds to the row (the paper's);
             "hidden_change": |x - x'| / |x'| of the layer's input x and the input x' of the layer before; or a callable
             that takes a `LayerView` and returns float ``[batch, rows]``.
         query_block: queries whose attention counts, the last real ones; all query rows if the query is known and longer.
-        bucket: kept rows of each sequence are rounded up to a multiple of this, with the next rows in importance.
-            64 suits GEMM tiles; 1 keeps exactly what the rule says.
+        choose_every: of the layers in which importance has a say, the first measures it for so many of them; 1 measures
+            in each.
+        bucket: kept rows of each sequence are rounded up to a multiple of this, with the next rows in importance, and
+            where only rows pass that always do, with the most recent ones. 64 suits GEMM tiles; 1 keeps exactly what
+            the rule says.
         min_rows: forwards of fewer rows per sequence are dense: gathering would cost more than it saves.
         name: what to call it in reports.
         notes: what an imported file says that a schedule cannot.
@@ -89,8 +99,9 @@ class SparseFFNSchedule:
     sink: int = 4
     boundary: int = 8
     recent: int = 128
-    importance: str | Callable[[Any], Any] = "received_attention"
+    importance: str | Callable[[Any], Any] = "accumulated_attention"
     query_block: int = 64
+    choose_every: int = 1
     bucket: int = 64
     min_rows: int = 256
     name: str = ""
@@ -112,8 +123,8 @@ class SparseFFNSchedule:
         for band in self.bands:
             if not isinstance(band, Band):
                 raise RedKnotError(f"bands holds {shorten(band)}: expected Band(first, mass=... or keep=...)")
-        for name in ("sink", "boundary", "recent", "query_block", "bucket", "min_rows"):
-            value, least = getattr(self, name), int(name in ("query_block", "bucket"))
+        for name in ("sink", "boundary", "recent", "query_block", "choose_every", "bucket", "min_rows"):
+            value, least = getattr(self, name), int(name in ("query_block", "choose_every", "bucket"))
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise RedKnotError(f"{name}={shorten(value)}: expected a whole number, {least} or more")
         if not callable(self.importance) and self.importance not in IMPORTANCES:
@@ -143,6 +154,11 @@ class SparseFFNSchedule:
         for start, band in sorted(zip(starts, bands, strict=True), key=lambda pair: pair[0]):
             rules[start:] = [None if band.dense else band] * (layers - start)
         return rules
+
+    def measured(self, layers: int) -> tuple[int, ...]:
+        """Layers of a model with this many in which importance is measured, for themselves and for those that follow."""
+        ranking = [layer for layer, rule in enumerate(self.rules(layers)) if rule is not None and rule.ranks]
+        return tuple(ranking[:: self.choose_every])
 
     def replace(self, **changes: Any) -> SparseFFNSchedule:
         """A copy with some attributes changed."""

@@ -41,6 +41,8 @@ class Block:
         mixers: names of the children that mix rows.
         parallel: FFN and mixer read the same input, so that the mixer may run after the FFN.
         ffn_first: the FFN runs before the mixer.
+        norm: name of the child that norms rows for the FFN and for nothing else, so that it too can do with the rows that
+            pass; "" where there is none.
     """
 
     index: int
@@ -49,6 +51,7 @@ class Block:
     mixers: tuple[str, ...]
     parallel: bool
     ffn_first: bool
+    norm: str = ""
 
 
 def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
@@ -200,7 +203,7 @@ def _examine(index: int, seen: _Seen) -> dict[str, Any]:
             (ffn if _is_by_row(call, rows.shape[:2]) else mixers).append(child)
     ffn.sort(key=lambda child: seen.calls[child].order)
     if not ffn:
-        return {"ffn": (), "mixers": tuple(mixers), "parallel": False, "ffn_first": False}
+        return {"ffn": (), "mixers": tuple(mixers), "parallel": False, "ffn_first": False, "norm": ""}
     without = _without_ffn(seen, ffn)
     before = [call.input for call in seen.calls.values() if call.input is not None]
     full = first_of(seen.output)
@@ -214,7 +217,57 @@ def _examine(index: int, seen: _Seen) -> dict[str, Any]:
             "sparse FFN needs blocks of the form norm -> FFN -> residual"
         )
     first = bool(mixers) and seen.calls[ffn[0]].order < min(seen.calls[mixer].order for mixer in mixers)
-    return {"ffn": tuple(ffn), "mixers": tuple(mixers), "parallel": parallel, "ffn_first": first}
+    norm = "" if parallel or len(ffn) > 1 else _norm_of(seen, ffn[0], mixers, rows.shape[:2])
+    return {"ffn": tuple(ffn), "mixers": tuple(mixers), "parallel": parallel, "ffn_first": first, "norm": norm}
+
+
+def _norm_of(seen: _Seen, ffn: str, mixers: list[str], shape: torch.Size) -> str:
+    """The child whose output is the FFN's input and nothing else's; found by running the layer with few rows in between."""
+    ffn_call = seen.calls[ffn]
+    for name, call in seen.calls.items():
+        made = first_of(call.output)
+        if name == ffn or name in mixers or call.times != 1 or made is not ffn_call.input or _has_matrix(call.child):
+            continue
+        if not _is_by_row(call, shape):
+            continue
+        index = torch.tensor(SOME_ROWS, device=made.device)
+        with _replaced_rows(ffn_call.child, index, shape, compact=False):
+            expected = first_of(seen.layer(*seen.args, **seen.kwargs))
+        try:
+            with _few_rows(call.child, index), _replaced_rows(ffn_call.child, index, shape, compact=True):
+                found = first_of(seen.layer(*seen.args, **seen.kwargs))
+        except Exception:  # whatever a layer does with rows that are fewer than it expects
+            continue
+        if _is_residual(found, expected, first_of(seen.output)):
+            return name
+    return ""
+
+
+@contextlib.contextmanager
+def _few_rows(norm: torch.nn.Module, index: torch.Tensor) -> Iterator[None]:
+    """Inside, the norm gives the rows of ``index`` alone."""
+    handle = norm.register_forward_hook(lambda module, args, output: output.flatten(0, 1).index_select(0, index)[None])
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _replaced_rows(ffn: torch.nn.Module, index: torch.Tensor, shape: torch.Size, compact: bool) -> Iterator[None]:
+    """Inside, what the FFN gives is zero but in the rows of ``index``; ``compact``: these alone are what it is given."""
+
+    def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        result = first_of(output).flatten(0, 1)
+        few = result if compact else result.index_select(0, index)
+        whole = result.new_zeros(shape.numel(), result.shape[-1]).index_copy_(0, index, few).unflatten(0, tuple(shape))
+        return whole if isinstance(output, torch.Tensor) else type(output)([whole, *output[1:]])
+
+    handle = ffn.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _has_matrix(module: torch.nn.Module) -> bool:
