@@ -63,19 +63,33 @@ class LocalModel:
         second[index, :, index, :] = own
         return cls(linear.double(), second)
 
-    def field(self, choice: Tensor) -> Tensor:
-        """fp64 `[heads, options]`: the objective's part that depends on one head, all others as in `choice`."""
+    def total(self, choice: Tensor) -> Tensor:
+        """fp64 `[heads, options]`: what all heads in `choice` together do to each option; the costly part of `field`."""
         heads, options = self.linear.shape
         index = torch.arange(heads)
         # Symmetric: rows instead of columns, because rows are contiguous.
-        total = self.second.reshape(heads * options, -1)[index * options + choice].sum(0).reshape(heads, options)
-        return self.linear + total - self._own[index, choice] + 0.5 * self._own.diagonal(dim1=1, dim2=2)
+        return self.second.reshape(heads * options, -1)[index * options + choice].sum(0).reshape(heads, options)
+
+    def moved(self, total: Tensor, head: int, old: int, new: int) -> Tensor:
+        """`total` after one head went from option `old` to `new`."""
+        return total + self.second[head, new] - self.second[head, old]
+
+    def field(self, choice: Tensor, total: Tensor | None = None) -> Tensor:
+        """fp64 `[heads, options]`: the objective's part that depends on one head, all others as in `choice`, whose
+        `total` may be known."""
+        total = self.total(choice) if total is None else total
+        return self.linear + total - self._own[torch.arange(len(choice)), choice] + self._half
 
     @cached_property
     def _own(self) -> Tensor:
         """`[heads, options, options]`: every head's block of `second` with itself."""
         index = torch.arange(len(self.second))
         return self.second[index, :, index].contiguous()
+
+    @cached_property
+    def _half(self) -> Tensor:
+        """`[heads, options]`: half of every option's second order with itself."""
+        return 0.5 * self._own.diagonal(dim1=1, dim2=2)
 
     def predict(self, choice: Tensor) -> float:
         """The change of the objective for `choice` `[heads]` of options."""

@@ -90,11 +90,13 @@ def exchanges(
     new choice), the best first."""
     last = len(windows)
     size = torch.tensor([*windows, 0], dtype=torch.float64)
-    price = local.field(choice)
+    before = local.total(choice)
+    price = local.field(choice, before)
     gain = price - price.gather(1, choice[:, None])
     options = torch.arange(last + 1)[None]
     gain[(choice[:, None] >= last) | (options >= last) | (options <= choice[:, None])] = torch.inf
     heads = torch.arange(len(choice))
+    spent, here = int(size[choice].sum()), local.predict(choice)
     found = []
     for i in gain.flatten().topk(min(count, gain.numel()), largest=False).indices.tolist():
         head, target = divmod(i, last + 1)
@@ -102,15 +104,21 @@ def exchanges(
             break
         new = choice.clone()
         new[head] = target
-        while float(size[new].sum()) > limit:
-            now = local.field(new)
+        total = local.moved(before, head, int(choice[head]), target)
+        tokens = spent + int(size[target] - size[choice[head]])
+        while tokens > limit:
+            now = local.field(new, total)
             smaller = (new - 1).clamp_min(0)
             freed = size[new] - size[smaller]
             loss = (now[heads, smaller] - now[heads, new]) / freed.clamp_min(1)
             loss[(new == 0) | (new >= last) | (heads == head)] = torch.inf
             if not bool(torch.isfinite(loss).any()):
                 break
-            new[int(loss.argmin())] -= 1
+            payer = int(loss.argmin())
+            old = int(new[payer])
+            new[payer] = old - 1
+            total = local.moved(total, payer, old, old - 1)
+            tokens -= int(freed[payer])
         else:
-            found.append((local.predict(new) - local.predict(choice), new))
+            found.append((local.predict(new) - here, new))
     return sorted(found, key=lambda option: option[0])

@@ -52,12 +52,14 @@ def rank_heads(gates: Tensor, local: LocalModel, window: int, threshold: float =
     order = [int(h) for h in gates.argsort(descending=True) if gates[h] >= threshold]
     choice = torch.full((heads,), window)
     choice[order] = last
+    total = local.total(choice)
     while len(order) < heads:
-        price = local.field(choice)
+        price = local.field(choice, total)
         gain = price[:, window] - price[:, last]
         gain[choice == last] = -torch.inf
         best = int(gain.argmax())
         order.append(best)
+        total = local.moved(total, best, window, last)
         choice[best] = last
     return order
 
@@ -85,8 +87,9 @@ def choose_windows(
     limit = mean_window * (heads - len(chosen))
     left = float(limit - size[choice].sum())
     options = torch.arange(last + 1)[None]
+    total = local.total(choice)
     while True:
-        price = local.field(choice)
+        price = local.field(choice, total)
         gain = price.gather(1, choice[:, None]) - price
         # Jumps of several sizes count as one: a head may gain nothing before its window reaches a boundary.
         more = size[None] - size[choice][:, None]
@@ -96,6 +99,7 @@ def choose_windows(
         if not float(rate[head, target]) > 0:
             break
         left -= float(more[head, target])
+        total = local.moved(total, head, int(choice[head]), target)
         choice[head] = target
     for _ in range(sweeps * (heads - len(chosen))):
         better = exchanges(local, choice, windows, limit, 6)[:1]
