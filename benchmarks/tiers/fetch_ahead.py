@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--arms", default="", help="only arms whose name contains one of these, comma separated")
+    parser.add_argument("--direct", action="store_true", help="the GPU reads page-locked pages itself")
     parser.add_argument("--out", help="folder; appends to fetch_ahead.jsonl, one line per arm")
     args = parser.parse_args()
     if args.threads:
@@ -64,7 +65,9 @@ def main() -> int:
 
     import redknot_hf
     from redknot_hf import HeadProfile, RedKnotCache
+    from redknot_hf.paging import resident
 
+    resident.DIRECT = args.direct
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype)
     model, ids, name = _model(args, device, dtype)

@@ -96,7 +96,7 @@ def test_the_printed_capacity_is_what_a_gpu_holds(tmp_path, capsys):
     assert main(["show", str(tmp_path / "p.json"), *arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)["capacity"]
     ids = torch.randint(2, 128, (1, context - 1), device="cuda")
-    fits = {}
+    fits, memories = {}, {}
     every = HeadProfile.all_global(config)
     for name, given, chunk in (
         ("head_aware", profile, context), ("paged", every, context), ("head_aware in chunks", profile, 2048)
@@ -120,8 +120,11 @@ def test_the_printed_capacity_is_what_a_gpu_holds(tmp_path, capsys):
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         fits[name] = len(caches)
+        memories[name] = [
+            torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved(), outside
+        ]  # fmt: skip
         del caches, cache
-    print(json.dumps({"printed": printed, "fits": fits}))
+    print(json.dumps({"printed": printed, "fits": fits, "memory": memories}))
     assert printed["separate"] <= fits["head_aware"] <= 1.2 * printed["separate"] + 1
     assert printed["separate"] <= fits["head_aware in chunks"]
     assert printed["dense"] <= printed["paged"] < printed["separate"] <= printed["head_aware"] <= printed["fixed"]

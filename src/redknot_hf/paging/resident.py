@@ -16,6 +16,7 @@ import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ _workers: dict[torch.device, tuple[ThreadPoolExecutor, torch.cuda.Stream | None]
 _workers_lock = threading.Lock()
 if hasattr(os, "register_at_fork"):  # threads do not survive in a child process; it starts its own
     os.register_at_fork(after_in_child=_workers.clear)
+
+# Whether a GPU reads page-locked pages itself, instead of a thread gathering them on the host first.
+DIRECT = False
 
 _KEPT = np.iinfo(np.int64).max
 
@@ -86,7 +90,7 @@ class ResidentPages:
         self._page_in = np.full((heads, 0), -1, np.int64)  # of every slot
         self._wanted_at = np.zeros((heads, 0), np.int64)
         self._clock = 0
-        self._coming: tuple[Future, np.ndarray, np.ndarray] | None = None  # job, heads and pages
+        self._coming: tuple[Any, np.ndarray, np.ndarray, Any] | None = None  # job or event, heads, pages, what is read
 
     def _room(self, slots: int, size: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
         with torch.inference_mode(False):  # steps of any mode write into it
@@ -162,6 +166,12 @@ class ResidentPages:
         for half, pages in ((self.k, k), (self.v, v)):
             half.flatten(0, 1).index_copy_(0, index, pages)
 
+    def fill_directly(
+        self, slabs: tuple[torch.Tensor, torch.Tensor], numbers: np.ndarray, placed: tuple[np.ndarray, ...]
+    ) -> None:
+        """Pages ``numbers`` of page-locked slabs into the slots ``placed``, read by the device itself."""
+        self._read_directly(slabs, numbers, placed[0], placed[2])
+
     def read(self, heads: np.ndarray, pages: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages ``[h, n]`` of ``heads [h]``, all of them here: two ``[1, h, n * page_size, dim]``."""
         slot = self._slot_of[heads[:, None], pages] + heads[:, None] * self.slots
@@ -174,7 +184,11 @@ class ResidentPages:
 
     # ------------------------------------------------------------------------------------------------- ahead
     def bring(
-        self, slabs: tuple[torch.Tensor, torch.Tensor], numbers: np.ndarray, placed: tuple[np.ndarray, ...]
+        self,
+        slabs: tuple[torch.Tensor, torch.Tensor],
+        numbers: np.ndarray,
+        placed: tuple[np.ndarray, ...],
+        pinned: bool = False,
     ) -> None:
         """Begin to copy pages ``numbers`` (int64 ``[n]``) of host slabs into the slots ``placed``, as `place` gave them.
 
@@ -186,17 +200,32 @@ class ResidentPages:
             half.record_stream(stream)  # its memory must not be given away before the copy is done
         ready = None if stream is None else torch.cuda.current_stream(self.device).record_event()
         halves = self.k.flatten(0, 1), self.v.flatten(0, 1)
+        if DIRECT and pinned:
+            assert stream is not None and ready is not None
+            with torch.cuda.stream(stream):
+                stream.wait_event(ready)
+                self._read_directly(slabs, numbers, head, slot)
+                self._coming = stream.record_event(), head, page, slabs
+            return
         into = torch.from_numpy(head * self.slots + slot)
         job = worker.submit(_copy, slabs, torch.from_numpy(numbers), halves, into, stream, ready)
-        self._coming = job, head, page
+        self._coming = job, head, page, None
+
+    def _read_directly(
+        self, slabs: tuple[torch.Tensor, torch.Tensor], numbers: np.ndarray, head: np.ndarray, slot: np.ndarray
+    ) -> None:
+        from ._fetch_triton import fetch
+
+        moves = upload(np.stack([numbers, head * self.slots + slot]), self.device)
+        fetch(*slabs, moves, self.k.flatten(0, 1), self.v.flatten(0, 1))
 
     def _arrive(self) -> None:
         """Wait for what was fetched ahead; usually it has come long ago."""
         if self._coming is None:
             return
-        (job, head, page), self._coming = self._coming, None
+        (job, head, page, _), self._coming = self._coming, None
         try:
-            done = job.result()
+            done = job.result() if isinstance(job, Future) else job
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise

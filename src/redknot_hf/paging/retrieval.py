@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from . import torch_attention
+from . import resident, torch_attention
 from .bounds import PICKED, RUNNER_UP, PageBounds, rank_pages, upper_bounds
 from .cold_pools import side_stream, upload_pages
 from .pages import LayerPages
@@ -153,6 +153,10 @@ class FarHeads:
         self._count(asked=asked, found=asked - late, late=late)
         if late:
             head, page, slot = here.place(missing, chosen)
+            source = self.pages.settled(keep=1).pool
+            if resident.DIRECT and getattr(source, "pinned", False):
+                here.fill_directly((source.k, source.v), table[head, page], (head, page, slot))
+                return here
             k, v = self._fetch(table[head, page][None])
             size = (late, pool.page_size, -1)
             here.fill(head, slot, k.view(size), v.view(size))
@@ -166,7 +170,7 @@ class FarHeads:
         placed = here.place(absent, rank > 0)
         if len(placed[0]):
             pool = self.pages.settled(keep=1).pool
-            here.bring((pool.k, pool.v), table[placed[0], placed[1]], placed)
+            here.bring((pool.k, pool.v), table[placed[0], placed[1]], placed, getattr(pool, "pinned", False))
             self._count(ahead=len(placed[0]))
 
     def _count(self, asked: int = 0, found: int = 0, late: int = 0, ahead: int = 0) -> None:
