@@ -25,6 +25,7 @@ import random
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ from redknot_hf.heads.profiler.visibility import HeadMap
 
 KINDS = ("passkey", "number", "lookup")
 FIRST = ("all global", "all local", "ours")
+VARIANTS = {"ours, answers x4": Objective(needle_misses=1.0)}
 MAIN = ("gates", "ablation", "ablation (text)", "retrieval score", "output error (text)", "attention mass", "random 1")
 """Rules that are evaluated before the others where time may end."""
 WINDOWS = (64, 128, 256, 512, 1024)
@@ -215,32 +217,43 @@ def calibrate(model: Any, tokenizer: Any, layout: Any, args: argparse.Namespace,
     return Calibration(load, measured, prompts, environment)
 
 
-def choose_maps(
-    model: Any, layout: Any, calibration: Calibration, window: int, args: argparse.Namespace, log: Log
-) -> list[dict[str, Any]]:
-    """Every map to compare whose local heads have `window` tokens on average."""
-    load, prompts = calibration.load, calibration.prompts
-    cells = len(layout.layers) * layout.num_kv_heads
-    whole = HeadMap.uniform(layout.num_layers, layout.num_kv_heads, rules.SINK, 2**30)
-    found = [entry("all global", 1.0, window, mode, whole) for mode in args.modes if window == args.windows[0]]
+def choose_ours(
+    model: Any, layout: Any, calibration: Calibration, window: int, args: argparse.Namespace, log: Log,
+    rule: str = "ours", objective: Objective | None = None, budgets: Sequence[float] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Our maps at every budget and mode, saved as profiles too."""
+    load = calibration.load
     known: dict[Any, Any] = {}
+    found = []
     for mode in args.modes:
         search = remembering(known, search_on(
-            model, layout, prompts, windows=WINDOWS, sink=rules.SINK, objective=Objective(),
+            model, layout, calibration.prompts, windows=WINDOWS, sink=rules.SINK, objective=objective or Objective(),
             sketches=load.search_sketches, seed=0, mode=mode, rounds=load.rounds, lengths=load.lengths,
             singles=load.singles,
         ))  # fmt: skip
-        for budget in args.budgets:
+        for budget in budgets or args.budgets:
             profile = select_profile(
                 model.config, layout, calibration.measured, budget=budget, mean_window=window, search=search
             )
-            log(f"ours at {budget:.0%}, {window}, {mode}:", json.dumps(profile.metadata["selection"]))
-            name = f"{mode}-{window}-{round(100 * budget)}.json"
+            log(f"{rule} at {budget:.0%}, {window}, {mode}:", json.dumps(profile.metadata["selection"]))
+            name = f"{rule.replace(', ', '-').replace(' ', '-')}-{mode}-{window}-{round(100 * budget)}.json"
             profile.metadata.update(
                 seed=0, prefill=mode, device=calibration.environment["device"], dtype=args.dtype
             )  # fmt: skip
             profile.save(args.out / name)
-            found.append(entry("ours", budget, window, mode, HeadMap.from_profile(profile), name))
+            found.append(entry(rule, budget, window, mode, HeadMap.from_profile(profile), name))
+    return found
+
+
+def choose_maps(
+    model: Any, layout: Any, calibration: Calibration, window: int, args: argparse.Namespace, log: Log
+) -> list[dict[str, Any]]:
+    """Every map to compare whose local heads have `window` tokens on average."""
+    prompts = calibration.prompts
+    cells = len(layout.layers) * layout.num_kv_heads
+    whole = HeadMap.uniform(layout.num_layers, layout.num_kv_heads, rules.SINK, 2**30)
+    found = [entry("all global", 1.0, window, mode, whole) for mode in args.modes if window == args.windows[0]]
+    found += choose_ours(model, layout, calibration, window, args, log)
     ablation = rules.ablate(model, layout, prompts, window)
     log("ablated", len(ablation[0]), "heads on", sum(len(prompt.batch) for prompt in prompts), "prompts")
     for rule, order in ({"all local": []} | rules.orders(calibration.measured, layout, ablation, window)).items():
@@ -302,6 +315,8 @@ class Comparison:
         """The most telling first: all rules at the first window with eviction after the prefill, ours in the other mode,
         then the other windows, then what is left."""
         for rank in range(6):
+            if rank == 2:
+                self.need_variants()
             for window in self.args.windows[:1] if rank < 2 else self.args.windows:
                 self.need_maps(window)
             wanted = [e for e in self.maps if self.rank(e) == rank]
@@ -313,6 +328,19 @@ class Comparison:
         except ImportError as error:  # the figures are complete without the picture
             self.log("no picture:", error, "- run plot_rules.py where matplotlib is")
         self.log("done")
+
+    def need_variants(self) -> None:
+        """Ours with other weights, at the small budgets and the first window."""
+        if self.calibration is None or self.log.seconds > self.args.max_seconds:
+            return
+        window, budgets = self.args.windows[0], self.args.budgets[:2]
+        for rule, objective in VARIANTS.items():
+            found = choose_ours(
+                self.model, self.layout, self.calibration, window, self.args, self.log, rule, objective, budgets
+            )  # fmt: skip
+            self.maps += found
+            for mode in self.args.modes:
+                self.evaluate([e for e in found if e["mode"] == mode], mode)
 
     def rank(self, e: dict[str, Any]) -> int:
         first, full = e["window"] == self.args.windows[0], e["mode"] == "full"

@@ -71,12 +71,12 @@ def score_batch(
         return out
 
     shape = (len(batch), sketches, scores.layers, scores.heads, len(windows))
-    rows = torch.zeros(shape)
+    rows = torch.zeros(shape, device=batch.context.device)
     with torch.set_grad_enabled(sketches > 0):
         logits = run_suffix(model, cache, batch.suffix, handler)
     step()
     if not sketches:
-        return rows.reshape(0, *shape[2:])
+        return rows.reshape(0, *shape[2:]).cpu()
     generator = torch.Generator(device=logits.device).manual_seed(seed)
     layers = sorted(probes)
     target = batch.target
@@ -95,6 +95,6 @@ def score_batch(
             # [windows, batch, query_heads, rows, dim] . [batch, query_heads, rows, dim] -> [windows, batch,
             # query_heads]
             along = torch.einsum("wbhrd,bhrd->wbh", changes[layer], gradient)
-            rows[:, s, layer] = along.reshape(len(windows), len(batch), scores.heads, -1).sum(-1).permute(1, 2, 0).cpu()
+            rows[:, s, layer] = along.reshape(len(windows), len(batch), scores.heads, -1).sum(-1).permute(1, 2, 0)
         step()
-    return rows.reshape(-1, *shape[2:])
+    return rows.reshape(-1, *shape[2:]).cpu()
