@@ -25,7 +25,6 @@ from ..segments.rows import RowSet, attention_weights
 __all__ = ["Geometry", "attention_call_mass", "last_rows", "received_mass", "splice_call_mass"]
 
 SCORES = 1 << 26  # elements of one fp32 score matrix
-LOWEST = torch.finfo(torch.float32).min  # not -inf: a query that sees nothing must not become NaN
 
 
 class Geometry:
@@ -49,6 +48,7 @@ def received_mass(
     scale: float,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    open_keys: int = 0,
 ) -> torch.Tensor:
     """Softmax of ``q k^T`` over the keys that each query sees, summed over queries and heads.
 
@@ -58,39 +58,54 @@ def received_mass(
         seen: bool, broadcastable to ``[batch, kv_heads, n, keys]``.
         counts: bool ``[batch, n]``, queries that count; None for all.
         scale, softcap, s_aux: of the attention call.
+        open_keys: so many keys, from the first, are known to be seen by every query of every sequence.
 
     Returns:
         fp32 ``[batch, keys]``.
     """
-    batch, kv_heads, keys, _ = k.shape
+    batch, kv_heads, keys, dim = k.shape
     # scores from 16-bit products are rounded once more, which ranks rows no worse than the model's own rounding
     dtype = q.dtype if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) else torch.float32
     grouped = q.to(dtype).unflatten(1, (kv_heads, -1))
     group, n = grouped.shape[2:4]
-    asks = seen.any(-1)  # a query that sees nothing is padding
-    if counts is not None:
-        asks = asks & counts[:, None]
-    asks = asks[:, :, None].expand(batch, -1, group, -1).float()
-    hidden = ~seen
+    all_ask = counts is None and open_keys > 0
+    asks = None if all_ask else _asking(seen, counts).expand(batch, -1, group, -1).float()
+    hidden = ~seen[..., open_keys:]
     at_once = max(1, SCORES // max(1, batch * group * n * keys))
     total = q.new_zeros(batch, keys, dtype=torch.float32)
     for first in range(0, kv_heads, at_once):
         heads = slice(first, first + at_once)
-        scores = (grouped[:, heads].flatten(2, 3) @ k[:, heads].to(dtype).transpose(2, 3)).float().mul_(scale)
-        scores = scores.unflatten(2, (group, n))
+        some = grouped[:, heads].reshape(-1, group * n, dim)
+        scores = torch.baddbmm(
+            some.new_empty(1), some, k[:, heads].to(dtype).reshape(-1, keys, dim).transpose(1, 2), beta=0, alpha=scale
+        ).view(batch, -1, group, n, keys)
         if softcap:
-            scores = torch.tanh(scores / softcap) * softcap
-        scores.masked_fill_((hidden if hidden.shape[1] == 1 else hidden[:, heads])[:, :, None], LOWEST)
+            scores = torch.tanh(scores.float() / softcap) * softcap
+        if hidden.shape[-1]:
+            mine = (hidden if hidden.shape[1] == 1 else hidden[:, heads])[:, :, None]
+            # not -inf: a query that sees nothing must not become NaN
+            scores[..., open_keys:].masked_fill_(mine, torch.finfo(scores.dtype).min)
         if s_aux is not None:
             extra = s_aux.float().view(1, kv_heads, group, 1, 1)[:, heads].expand(*scores.shape[:-1], 1)
-            weights = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
+            weights = torch.cat([scores.float(), extra], -1).softmax(-1)[..., :-1]
         else:
-            weights = scores.softmax(-1)
-        mine = asks if asks.shape[1] == 1 else asks[:, heads]
-        mine = mine.expand(-1, weights.shape[1], -1, -1)
-        # a product instead of a sum: one pass over the weights
-        total += (mine.reshape(batch, 1, -1) @ weights.reshape(batch, -1, keys))[:, 0]
+            weights = scores.softmax(-1, dtype=torch.float32)  # reads 16-bit scores as they are
+        if asks is None:
+            total += weights.flatten(1, 3).sum(1)
+        else:
+            mine = asks if asks.shape[1] == 1 else asks[:, heads]
+            mine = mine.expand(-1, weights.shape[1], -1, -1)
+            # a product instead of a sum: one pass over the weights
+            total += (mine.reshape(batch, 1, -1) @ weights.reshape(batch, -1, keys))[:, 0]
     return total
+
+
+def _asking(seen: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+    """bool ``[batch or 1, kv_heads or 1, 1, n]``: queries that count. One that sees nothing is padding."""
+    asks = seen.any(-1)
+    if counts is not None:
+        asks = asks & counts[:, None]
+    return asks[:, :, None]
 
 
 def last_rows(count: int, rows: int, real: torch.Tensor | None) -> tuple[torch.Tensor | slice, torch.Tensor | None]:
@@ -143,14 +158,16 @@ def attention_call_mass(
         found = _paged(handle, key, mask, sliding_window, rows, real, geometry or Geometry())
         if found is None:
             return None
-        keys, seen = found
+        keys, seen, open_keys = found
     else:
         keys = key
         visible = _ordinary(key, mask, n, rows, past)
         if visible is None:
             return None
-        seen = visible
-    total = received_mass(last, keys, seen, counts, scale, softcap, s_aux)
+        seen, open_keys = visible, 0
+        if mask is None and isinstance(rows, slice):
+            open_keys = past + rows.start + 1
+    total = received_mass(last, keys, seen, counts, scale, softcap, s_aux, open_keys)
     start = keys.shape[2] - n if handle is not None or keys.shape[2] < past + n else past
     return total[:, start : start + n]
 
@@ -191,8 +208,9 @@ def _paged(
     rows: torch.Tensor | slice,
     real: torch.Tensor | None,
     geometry: Geometry,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Keys (stored ones, then the chunk's) and visibility ``[batch, kv_heads, count, keys]`` for a `RedKnotCache`."""
+) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+    """Keys (stored ones, then the chunk's), visibility ``[batch, kv_heads, count, keys]``, and how many keys, from the
+    first, all queries see for sure, for a `RedKnotCache`."""
     layer = handle.layer
     step = getattr(handle, "step", None)
     if step is None:
@@ -225,6 +243,7 @@ def _paged(
 
     place = (device, n, past.tobytes())
     p, j, seen = geometry.of(place, positions)
+    open_keys = longest + rows.start + 1 if isinstance(rows, slice) and (past == longest).all() else 0
     sink, window = np.asarray(layer.sink, np.int64), np.asarray(layer.window, np.int64)
     if (window < KEEP_ALL).any() and not (layer.cache.prefill == "full" and step.start == 0):
 
@@ -233,16 +252,16 @@ def _paged(
             w = upload(window.astype(np.int32), device)[:, None, None]
             return seen & ((j < s) | (j > p - w))
 
-        seen = geometry.of((*place, sink.tobytes(), window.tobytes()), windowed)
+        seen, open_keys = geometry.of((*place, sink.tobytes(), window.tobytes()), windowed), 0
     model_window = sliding_window or layer.model_window
     if model_window:
-        seen = seen & (j > p - model_window)
+        seen, open_keys = seen & (j > p - model_window), 0
     if mask is not None and not (isinstance(mask, RedKnotMask) and mask.is_causal):
         pattern = _ordinary(key, mask, n, rows, 0)
         if pattern is None or longest:
             return None
-        seen = seen & pattern
-    return keys, seen
+        seen, open_keys = seen & pattern, 0
+    return keys, seen, open_keys
 
 
 def splice_call_mass(
