@@ -4,15 +4,18 @@ real one is used in test_reuse_gpu.py."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from redknot_hf.segments import transfer
-from redknot_hf.segments.codec import PIECE_BYTES, CorruptEntry, SegmentEntry, decode, encode
-from redknot_hf.segments.transfer import Upload
+from redknot_hf.segments import sha256_kernel, transfer
+from redknot_hf.segments.codec import CorruptEntry, SegmentEntry, decode, encode
+from redknot_hf.segments.stores import SegmentStore
+from redknot_hf.segments.transfer import RUN_BYTES, Upload
 
 LAYERS, GROUPS = 6, [0, 1, 0, 0, 1, 0]
 KEY = "ab" * 32
@@ -24,7 +27,7 @@ class _Event:
 
 
 class _Stream:
-    def __init__(self, device: Any = None) -> None: ...
+    def __init__(self, device: Any = None, priority: int = 0) -> None: ...
     def wait_stream(self, other: Any) -> None: ...
 
 
@@ -98,7 +101,7 @@ def test_the_first_layers_are_there_while_the_last_are_on_their_way(monkeypatch)
     entry = entry_of(0, 20_600)  # layers 0, 2, 3, 5 of 10.5 MB in each of k.0 and v.0
     upload = Upload([stored(entry)], "cpu")
     upload.need(0)
-    assert len(sent) < sum(-(-t.numel() * 4 // PIECE_BYTES) for t in entry.tensors.values())
+    assert len(sent) < sum(-(-t.numel() * 4 // RUN_BYTES) for t in entry.tensors.values())
     for part in "kv":
         assert torch.equal(upload.stacks[0][f"{part}.0"][0], entry.tensors[f"{part}.0"][0])
     assert not torch.equal(upload.stacks[0]["k.0"][3], entry.tensors["k.0"][3])
@@ -126,3 +129,89 @@ def test_closing_early_ends_the_workers():
     upload.close()
     upload.close()
     assert threading.active_count() == before
+
+
+def store_with(tmp_path, entries, **options) -> tuple[SegmentStore, list[str]]:
+    store = SegmentStore(f"file://{tmp_path}", fsync=False, **options)
+    keys = [f"{i:064x}" for i in range(len(entries))]
+    for key, entry in zip(keys, entries, strict=True):
+        assert store.put(key, entry)
+    return store, keys
+
+
+def path_of(tmp_path, key):
+    return tmp_path / key[:2] / f"{key}.safetensors"
+
+
+@pytest.mark.parametrize("verify", ["full", "header"])
+def test_files_are_read_and_not_touched_through_their_mapping(tmp_path, monkeypatch, verify):
+    entries = [entry_of(i, 10_300 + i) for i in range(2)]
+    store, keys = store_with(tmp_path, entries, verify=verify)
+    monkeypatch.setattr(transfer.np, "copyto", lambda *args: pytest.fail("the mapping was touched"))
+    upload = Upload(store.get_many(keys, defer=True), "cpu").finish()
+    for entry, stacks in zip(entries, upload.stacks, strict=True):
+        for name, tensor in entry.tensors.items():
+            assert torch.equal(stacks[name], tensor)
+    assert [verdict.exception(timeout=30) for verdict in upload.verdicts] == [None, None]
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_damaged(tmp_path):
+    entries = [entry_of(i, 10_300) for i in range(2)]
+    store, keys = store_with(tmp_path, entries, verify="header")
+    found = store.get_many(keys, defer=True)
+    path = path_of(tmp_path, keys[1])
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    upload = Upload(found, "cpu").finish()
+    assert upload.verdicts[0].exception(timeout=30) is None
+    assert isinstance(upload.verdicts[1].exception(timeout=30), CorruptEntry)
+    assert torch.equal(upload.stacks[0]["k.0"], entries[0].tensors["k.0"])
+
+
+def test_without_descriptors_to_spare_the_mapping_serves(tmp_path, monkeypatch):
+    from redknot_hf.segments.stores import local
+
+    monkeypatch.setattr(local, "_FILES", 0)
+    entry = entry_of(0, 10_300)
+    store, keys = store_with(tmp_path, [entry])
+    (found,) = store.get_many(keys, defer=True)
+    assert found.source is None
+    upload = Upload([found], "cpu").finish()
+    assert torch.equal(upload.stacks[0]["v.1"], entry.tensors["v.1"])
+    assert upload.verdicts[0].exception(timeout=30) is None
+
+
+def test_an_entry_that_is_copied_to_another_store_forgets_its_file(tmp_path):
+    store, keys = store_with(tmp_path, [entry_of(0, 20)])
+    memory = SegmentStore("memory://")
+    (found,) = store.get_many(keys)
+    assert found.source is not None
+    memory.put(keys[0], found)
+    assert memory.get(keys[0]).source is None
+
+
+@pytest.mark.parametrize("damaged", [None, 1])
+def test_hashes_of_the_gpu_are_compared(tmp_path, monkeypatch, damaged):
+    asked = []
+
+    def hashed(tensors, piece_bytes):
+        asked.append(len(tensors))
+        raw = [memoryview(t.contiguous().view(-1).view(torch.uint8).numpy()) for t in tensors]
+        leaves = [hashlib.sha256(r[i : i + piece_bytes]).digest() for r in raw for i in range(0, len(r), piece_bytes)]
+        return torch.from_numpy(np.frombuffer(b"".join(leaves), ">u4").astype(np.uint32).view(np.int32)).view(-1, 8)
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **more: empty(*shape, **more))
+    monkeypatch.setattr(sha256_kernel, "available", lambda device: True)
+    monkeypatch.setattr(sha256_kernel, "sha256", hashed)
+    entries = [entry_of(i, 10_300) for i in range(3)]
+    store, keys = store_with(tmp_path, entries)
+    if damaged is not None:
+        path = path_of(tmp_path, keys[damaged])
+        raw = bytearray(path.read_bytes())
+        raw[-5] ^= 1
+        path.write_bytes(raw)
+    upload = Upload(store.get_many(keys, defer=True), "cpu").finish()
+    found = [verdict.exception(timeout=30) for verdict in upload.verdicts]
+    assert asked == [12]  # one launch for all
+    assert [type(error) for error in found] == [CorruptEntry if i == damaged else type(None) for i in range(3)]

@@ -6,9 +6,9 @@ Any safetensors reader opens such a file. Ours trusts nothing in it: every lengt
 number of bytes that are really there before a tensor is made, tensors are views of the given buffer (so a header
 cannot make the process allocate anything), and the content must match the checksum. There is no pickle.
 
-The checksum is a tree (SHA-256 of 4 MiB pieces, hashed on several threads) and guards against damage. It does not stop
-somebody who can write to the store from sealing an entry of his own; `secret` does: the seal is then keyed and cannot
-be made without it.
+The checksum is a tree (SHA-256 of 64 KiB pieces, hashed on several threads, or by a GPU) and guards against damage. It
+does not stop somebody who can write to the store from sealing an entry of his own; `secret` does: the seal is then
+keyed and cannot be made without it.
 
 This module does not know what the tensors mean nor where the bytes are kept.
 """
@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -29,11 +31,21 @@ import torch
 
 from redknot_hf.errors import RedKnotError, shorten
 
-__all__ = ["PIECE_BYTES", "CorruptEntry", "PendingCheck", "SegmentEntry", "UnreadableEntry", "decode", "encode"]
+__all__ = [
+    "PIECE_BYTES",
+    "CorruptEntry",
+    "FileSource",
+    "PendingCheck",
+    "SegmentEntry",
+    "UnreadableEntry",
+    "decode",
+    "encode",
+]
 
-VERSION = 1
+VERSION = 2  # 1 had larger pieces
 MAX_HEADER_BYTES = 16 << 20
-PIECE_BYTES = 4 << 20  # of one leaf of the hash tree
+PIECE_BYTES = 64 << 10  # of one leaf of the hash tree: small enough that a GPU has many to hash at a time
+_RUN_BYTES = 4 << 20  # hashed by a thread in one go
 _ALIGN = 64
 _META = "redknot_segment"
 _DTYPES = {
@@ -84,12 +96,12 @@ class PendingCheck:
         Raises:
             CorruptEntry: the bytes are damaged.
         """
-        self.compare([self.leaf(piece) for piece in _pieces(self.views)])
+        self.compare([leaf for view in self.views for leaf in self.leaves(view)])
 
     @staticmethod
-    def leaf(piece: Any) -> bytes:
-        """The hash of one piece of `PIECE_BYTES` (the last one of a tensor is shorter)."""
-        return hashlib.sha256(piece).digest()
+    def leaves(run: Any) -> list[bytes]:
+        """The hashes of the pieces of `PIECE_BYTES` in a run of bytes (the last one of a tensor is shorter)."""
+        return [hashlib.sha256(run[i : i + PIECE_BYTES]).digest() for i in range(0, len(run), PIECE_BYTES)]
 
     def first_leaf(self, name: str) -> int:
         """The number of a tensor's first piece."""
@@ -100,6 +112,19 @@ class PendingCheck:
         """Raises `CorruptEntry` unless these are the hashes of all pieces in their order."""
         if self.expected != _root(leaves):
             raise CorruptEntry("the tensor bytes do not match their checksum")
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSource:
+    """Where the bytes of an entry's tensors are in an open file: reading them is quicker than touching a mapped file.
+
+    Attributes:
+        file: open for reading, unbuffered.
+        offsets: by name of the tensor.
+    """
+
+    file: io.FileIO
+    offsets: dict[str, int]
 
 
 @dataclasses.dataclass
@@ -115,6 +140,7 @@ class SegmentEntry:
         tier: name of the store the entry came from, e.g. `"memory"`; set by `get`, never stored.
         check: what has still to be called before the tensors may be trusted, because their bytes have not been hashed
             yet; it raises `CorruptEntry`. None: nothing is left to do.
+        source: the file that the tensors are mapped from, for who would rather read it; None otherwise.
 
     An entry that came from a store shares memory with it: read the tensors, never write to them.
     """
@@ -130,6 +156,7 @@ class SegmentEntry:
     profile: str = ""
     tier: str = ""
     check: PendingCheck | None = dataclasses.field(default=None, repr=False, compare=False)
+    source: FileSource | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -212,7 +239,7 @@ def decode(
     """The entry in `buffer`; its tensors are views of the buffer when that is writable (a private mmap, a bytearray).
 
     Args:
-        buffer: bytes-like object holding exactly one entry.
+        buffer: bytes-like object holding exactly one entry. If it has an attribute ``file``, it is a mapping of it.
         key: the 64 hex digits that the entry must carry.
         secret: what the entry must be sealed with; `None` for an unkeyed seal.
         verify: `"full"` hashes every byte; `"header"` checks the structure and the seal of the description, not the
@@ -255,7 +282,9 @@ def decode(
         except RuntimeError as e:  # shapes such as [0, 2**31, 2**31, 2**31] that no tensor can have
             raise CorruptEntry(f"tensor {shorten(name)}: {e}") from e
     del fields["data"], fields["version"]
-    return SegmentEntry(tensors=tensors, check=check, **fields)
+    file = getattr(buffer, "file", None)
+    source = FileSource(file, {row[0]: data_start + row[3] for row in table}) if file is not None else None
+    return SegmentEntry(tensors=tensors, check=check, source=source, **fields)
 
 
 def _parse_header(view: memoryview) -> tuple[dict[str, Any], int]:
@@ -361,16 +390,13 @@ def _seal(fields: dict[str, Any], table: dict[str, Any], secret: bytes | None) -
 
 
 def _data_digest(views: Sequence[memoryview]) -> str:
-    """Root of the hash tree over the tensors' bytes: SHA-256 of the SHA-256 of every 4 MiB piece of every tensor."""
+    """Root of the hash tree over the tensors' bytes: SHA-256 of the SHA-256 of every 64 KiB piece of every tensor."""
     return _root(_leaves(views))
 
 
-def _pieces(views: Sequence[memoryview]) -> list[memoryview]:
-    return [view[i : i + PIECE_BYTES] for view in views for i in range(0, view.nbytes, PIECE_BYTES)]
-
-
 def _leaves(views: Sequence[memoryview]) -> Iterable[bytes]:
-    return _map(PendingCheck.leaf, _pieces(views), sum(view.nbytes for view in views))
+    runs = [view[i : i + _RUN_BYTES] for view in views for i in range(0, view.nbytes, _RUN_BYTES)]
+    return itertools.chain.from_iterable(_map(PendingCheck.leaves, runs))
 
 
 def _root(leaves: Iterable[bytes]) -> str:
@@ -380,11 +406,11 @@ def _root(leaves: Iterable[bytes]) -> str:
     return root.hexdigest()
 
 
-def _map(function: Any, pieces: list[memoryview], nbytes: int) -> Iterable[bytes]:
-    """Map over pieces, on threads when there is enough to do (hashlib releases the GIL)."""
-    workers = min(16, os.cpu_count() or 1, len(pieces))
-    if workers < 2 or nbytes < 2 * PIECE_BYTES:
-        return map(function, pieces)
+def _map(function: Callable[[memoryview], list[bytes]], runs: list[memoryview]) -> Iterable[list[bytes]]:
+    """Map over runs, on threads when there is enough to do (hashlib releases the GIL)."""
+    workers = min(16, os.cpu_count() or 1, len(runs))
+    if workers < 2 or sum(run.nbytes for run in runs) < 2 * _RUN_BYTES:
+        return map(function, runs)
     # A pool of its own for each call: a module-wide one would be dead in a forked child.
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(function, pieces))
+        return list(pool.map(function, runs))

@@ -1,8 +1,9 @@
-"""Entries on their way from host memory to a GPU, the first layers of all of them first.
+"""Entries on their way from host memory or files to a GPU, the first layers of all of them first.
 
-A forward needs layer after layer, so it can start when the first layers are there. Several threads take pieces of the
-entries in the order of the layers, copy each into page-locked memory, send it off, and hash it there while it is on its
-way, where it has to be hashed: what the GPU gets is what was hashed, and the bytes are read from their file once.
+A forward needs layer after layer, so it can start when the first layers are there. Several threads take runs of bytes in
+the order of the layers, read each into page-locked memory and send it off. What has to be hashed is hashed on the GPU
+when all of it is there, beside the forward, or by the thread that read it where the GPU cannot: what is used is what was
+hashed, and the bytes are read once.
 """
 
 from __future__ import annotations
@@ -16,19 +17,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .codec import PIECE_BYTES, PendingCheck, SegmentEntry
+from . import sha256_kernel
+from .codec import PIECE_BYTES, CorruptEntry, FileSource, PendingCheck, SegmentEntry
 
 __all__ = ["Upload"]
 
 WORKERS = 16
 BUFFERS = 3  # of each worker: one is filled while the others are on their way
+RUN_BYTES = 4 << 20  # a multiple of PIECE_BYTES: what is read and sent at a time
 
 
-class _Piece(NamedTuple):
+class _Run(NamedTuple):
     layer: int  # the first that has bytes in it
     entry: int
-    leaf: int  # its number in the entry's checksum
+    leaf: int  # the number of its first piece in the entry's checksum
     source: np.ndarray | torch.Tensor  # a tensor if it is page-locked already
+    file: FileSource | None  # read this from `offset` on instead of touching the source
+    offset: int
     target: torch.Tensor
 
 
@@ -40,8 +45,8 @@ class Upload:
 
     Attributes:
         stacks: per entry its tensors on the device. Those of layer ``l`` may be used after ``need(l)``.
-        verdicts: per entry a future that ends when its bytes have been hashed, with `CorruptEntry` if they are damaged;
-            None for an entry without a pending check, and for all entries where there is no GPU.
+        verdicts: per entry a future that ends when its bytes have been read and hashed, with `CorruptEntry` if they are
+            damaged; None for an entry that nothing is left to say about, and for all entries where there is no GPU.
     """
 
     def __init__(self, entries: Sequence[SegmentEntry], device: torch.device | str):
@@ -52,35 +57,41 @@ class Upload:
         if not _is_gpu(self.device):
             self.stacks = [{n: t.to(self.device) for n, t in entry.tensors.items()} for entry in entries]
             return
-        pieces: list[_Piece] = []
-        self._checks: list[PendingCheck | None] = []
+        runs: list[_Run] = []
+        self._checks: dict[int, PendingCheck] = {}  # hashed by the threads that read
+        self._checks_on_gpu: dict[int, PendingCheck] = {}
         for number, entry in enumerate(entries):
             self.stacks.append({})
             for name, tensor in entry.tensors.items():
                 target = tensor.to(self.device) if tensor.is_cuda else torch.empty_like(tensor, device=self.device)
                 self.stacks[-1][name] = target
                 if not tensor.is_cuda:
-                    pieces += _cut(number, entry, name, target)
-            self._checks.append(None)
-            if entry.check is not None and not any(t.is_cuda or t.is_pinned() for t in entry.tensors.values()):
-                self.verdicts[number], self._checks[number] = Future(), entry.check
-        if pieces:
-            self._start(pieces)
+                    runs += _cut(number, entry, name, target)
+            if any(t.is_cuda or t.is_pinned() for t in entry.tensors.values()):
+                continue
+            if entry.check is not None or entry.source is not None:
+                self.verdicts[number] = Future()
+            if entry.check is not None:
+                on_gpu = sha256_kernel.available(self.device)
+                on_gpu = on_gpu and all(sha256_kernel.serves(t) for t in self.stacks[-1].values())
+                (self._checks_on_gpu if on_gpu else self._checks)[number] = entry.check
+        if runs:
+            self._start(runs, len(entries))
 
-    def _start(self, pieces: list[_Piece]) -> None:
-        pieces.sort(key=lambda piece: piece.layer, reverse=True)  # taken from the end
-        self._pieces = pieces
-        self._left = np.zeros(1 + max(piece.layer for piece in pieces), np.int64)
-        self._hashes: list[dict[int, bytes]] = [{} for _ in self._checks]
-        self._unhashed = np.zeros(len(self._checks), np.int64)
-        for piece in pieces:
-            self._left[piece.layer] += 1
-            self._unhashed[piece.entry] += 1
+    def _start(self, runs: list[_Run], entries: int) -> None:
+        runs.sort(key=lambda run: run.layer, reverse=True)  # taken from the end
+        self._runs = runs
+        self._left = np.zeros(1 + max(run.layer for run in runs), np.int64)
+        self._of_entry = np.zeros(entries, np.int64)  # runs that have not been read and hashed
+        self._hashes: list[dict[int, bytes]] = [{} for _ in range(entries)]
+        for run in runs:
+            self._left[run.layer] += 1
+            self._of_entry[run.entry] += 1
         self._ready = threading.Condition()
         self._error: BaseException | None = None
         self._stream = torch.cuda.Stream(self.device)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))  # the memory may have been somebody else's
-        workers = max(1, min(WORKERS, (os.cpu_count() or 1) - 1, len(pieces)))
+        workers = max(1, min(WORKERS, (os.cpu_count() or 1) - 1, len(runs)))
         self._pool = ThreadPoolExecutor(workers)
         self._workers = [self._pool.submit(self._work) for _ in range(workers)]
 
@@ -99,7 +110,7 @@ class Upload:
         if self._pool is None:
             return
         with self._ready:
-            self._pieces.clear()
+            self._runs.clear()
         self._pool.shutdown(wait=True)
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
         self._pool = None
@@ -115,7 +126,8 @@ class Upload:
     def _work(self) -> None:
         try:
             with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-                self._send()
+                if self._send() and self._checks_on_gpu:
+                    self._hash_on_gpu()
         except BaseException as error:
             with self._ready:
                 self._error = error
@@ -124,56 +136,107 @@ class Upload:
                 if verdict is not None and not verdict.done():
                     verdict.set_exception(error)
 
-    def _send(self) -> None:
+    def _send(self) -> bool:
+        """Whether this worker has sent the last run of all."""
         ring: list[tuple[torch.Tensor, np.ndarray, torch.cuda.Event]] = []
-        turn = 0
+        turn, last = 0, False
         while True:
             try:
-                piece = self._pieces.pop()
+                run = self._runs.pop()
             except IndexError:
-                return
-            size = len(piece.source)
-            if isinstance(piece.source, torch.Tensor):
-                piece.target.copy_(piece.source, non_blocking=True)
-                self._sent(piece)
+                return last
+            size = len(run.source)
+            if isinstance(run.source, torch.Tensor):
+                run.target.copy_(run.source, non_blocking=True)
+                last = self._sent(run)
                 continue
             if len(ring) < BUFFERS:
-                buffer = _page_locked(PIECE_BYTES)
+                buffer = _page_locked(RUN_BYTES)
                 ring.append((buffer, buffer.numpy(), torch.cuda.Event()))
                 turn = len(ring) - 1
             else:
                 turn = (turn + 1) % BUFFERS
                 ring[turn][2].synchronize()
             buffer, content, event = ring[turn]
-            # numpy copies on this thread, without the GIL; torch would start threads of its own on each of ours
-            np.copyto(content[:size], piece.source)
-            piece.target.copy_(buffer[:size], non_blocking=True)
+            if run.file is None:
+                # numpy copies on this thread, without the GIL; torch would start threads of its own on each of ours
+                np.copyto(content[:size], run.source)
+            else:
+                self._read(run, run.file, memoryview(content)[:size])
+            run.target.copy_(buffer[:size], non_blocking=True)
             event.record()
-            self._sent(piece)
-            check = self._checks[piece.entry]
-            if check is not None:
-                self._hash(check, piece.entry, piece.leaf, content[:size])
+            last = self._sent(run)
+            self._done(run, content[:size])
 
-    def _sent(self, piece: _Piece) -> None:
+    def _read(self, run: _Run, file: FileSource, into: memoryview) -> None:
+        done = 0
+        try:
+            while done < len(into):
+                count = os.preadv(file.file.fileno(), [into[done:]], run.offset + done)
+                if not count:
+                    raise OSError(f"it has shrunk: {run.offset + done} bytes")
+                done += count
+        except OSError as error:  # a miss, like any other damage
+            self._judge(run.entry, CorruptEntry(f"it cannot be read: {error}"))
+
+    def _sent(self, run: _Run) -> bool:
         with self._ready:
-            self._left[piece.layer] -= 1
-            if not self._left[piece.layer]:
+            self._left[run.layer] -= 1
+            if not self._left[run.layer]:
                 self._ready.notify_all()
+            return not self._left.any()
 
-    def _hash(self, check: PendingCheck, entry: int, leaf: int, content: np.ndarray) -> None:
-        digest = check.leaf(content)
+    def _done(self, run: _Run, content: np.ndarray) -> None:
+        """Read and sent; here it is hashed if that is not for the GPU to do."""
+        check = self._checks.get(run.entry)
+        hashes = check.leaves(content) if check is not None else ()
         with self._ready:
-            self._hashes[entry][leaf] = digest
-            self._unhashed[entry] -= 1
-            last = not self._unhashed[entry]
-        if last:
-            verdict = self.verdicts[entry]
-            assert verdict is not None
-            self._checks[entry] = None  # it holds the entry's file mapped
-            try:
-                check.compare([self._hashes[entry][i] for i in range(len(self._hashes[entry]))])
+            self._hashes[run.entry].update(enumerate(hashes, run.leaf))
+            self._of_entry[run.entry] -= 1
+            last = not self._of_entry[run.entry]
+        if not last or run.entry in self._checks_on_gpu:
+            return
+        leaves = self._hashes[run.entry]
+        self._checks.pop(run.entry, None)  # it holds the entry's file mapped
+        self._compare(run.entry, check, [leaves[i] for i in range(len(leaves))])
+
+    def _hash_on_gpu(self) -> None:
+        checks = dict(self._checks_on_gpu)
+        tensors = [self.stacks[number][name] for number, check in checks.items() for name in check.names]
+        stream = torch.cuda.Stream(self.device, priority=-1)  # a few milliseconds, which somebody waits for
+        stream.wait_stream(self._stream)
+        with torch.cuda.stream(stream):
+            words = sha256_kernel.sha256(tensors, PIECE_BYTES)
+            found = torch.empty(words.shape, dtype=words.dtype, pin_memory=True)
+            found.copy_(words, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        event.synchronize()
+        leaves = sha256_kernel.digests(found)
+        self._checks_on_gpu.clear()
+        for number, check in checks.items():
+            count = sum(-(-view.nbytes // PIECE_BYTES) for view in check.views)
+            self._compare(number, check, leaves[:count])
+            leaves = leaves[count:]
+
+    def _compare(self, entry: int, check: PendingCheck | None, leaves: list[bytes]) -> None:
+        error: BaseException | None = None
+        try:
+            if check is not None:
+                check.compare(leaves)
+        except BaseException as damage:
+            error = damage
+        self._judge(entry, error)
+
+    def _judge(self, entry: int, error: BaseException | None) -> None:
+        """The first word about an entry counts."""
+        verdict = self.verdicts[entry]
+        with self._ready:
+            if verdict is None or verdict.done():
+                return
+            if error is None:
                 verdict.set_result(None)
-            except BaseException as error:
+            else:
                 verdict.set_exception(error)
 
 
@@ -185,21 +248,24 @@ def _page_locked(size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)  # torch keeps it for the next time
 
 
-def _cut(number: int, entry: SegmentEntry, name: str, target: torch.Tensor) -> list[_Piece]:
-    """The pieces of a tensor, as its checksum counts them."""
+def _cut(number: int, entry: SegmentEntry, name: str, target: torch.Tensor) -> list[_Run]:
+    """The runs of a tensor; each begins with a piece of its checksum."""
     tensor = entry.tensors[name].detach().contiguous()
     bytes_of, sink = tensor.view(-1).view(torch.uint8), target.view(-1).view(torch.uint8)
     source = bytes_of if tensor.is_pinned() else bytes_of.numpy()
     group = int(name.partition(".")[2])
     layers = [layer for layer, g in enumerate(entry.extra["groups"]) if g == group]
     first_leaf = 0 if entry.check is None else entry.check.first_leaf(name)
+    offset = 0 if entry.source is None else entry.source.offsets[name]
     return [
-        _Piece(
+        _Run(
             layers[begin * len(layers) // len(source)],
             number,
-            first_leaf + i,
-            source[begin : begin + PIECE_BYTES],
-            sink[begin : begin + PIECE_BYTES],
+            first_leaf + begin // PIECE_BYTES,
+            source[begin : begin + RUN_BYTES],
+            entry.source,
+            offset + begin,
+            sink[begin : begin + RUN_BYTES],
         )
-        for i, begin in enumerate(range(0, len(source), PIECE_BYTES))
+        for begin in range(0, len(source), RUN_BYTES)
     ]

@@ -419,9 +419,16 @@ def _stamped(key: Key, entry: SegmentEntry) -> SegmentEntry:
     """A shallow copy that carries the key's identity."""
     if isinstance(key, SegmentKey):
         return dataclasses.replace(
-            entry, key=key.hex, model=key.model, rope=key.rope, dtype=key.dtype, profile=key.profile, tier=""
+            entry,
+            key=key.hex,
+            model=key.model,
+            rope=key.rope,
+            dtype=key.dtype,
+            profile=key.profile,
+            tier="",
+            source=None,
         )
-    return dataclasses.replace(entry, key=key_hex(key), tier="")
+    return dataclasses.replace(entry, key=key_hex(key), tier="", source=None)
 
 
 def _check_identity(key: Key, entry: SegmentEntry) -> None:

@@ -3,7 +3,8 @@
     root/ab/abcdef....safetensors           an entry; appears by rename, so it is whole or absent
     root/ab/.abcdef....<random>.tmp         a write under way, or the remains of a killed one (`gc` removes those)
 
-Loading maps the file and copies nothing; pages come in while the checksum is computed. Removing or replacing a mapped
+Loading maps the file and copies nothing; pages come in while the checksum is computed. Who sends the tensors to a GPU
+reads the file instead, which is kept open for it: a page fault for every few pages costs more. Removing or replacing a mapped
 file is safe, since the pages belong to the old inode; only a program that shortens a file in place, which this one
 never does, can break a reader. The file's mtime is its time of last use.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import mmap
 import os
 import re
@@ -35,9 +37,16 @@ _NAME = re.compile(r"([0-9a-f]{64})\.safetensors", re.ASCII)
 _TEMP = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]+\.tmp", re.ASCII)
 # Never follow a planted link, never hang on a planted pipe.
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_FILES = 512  # open for reading at most, of the descriptors that a process may have: often 1024, a mapping has one, too
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # A write that is not finished after an hour belongs to a process that died.
 _STALE_SECONDS = 3600.0
+
+
+class _Mapped(mmap.mmap):
+    """A mapped file and, unless descriptors are short, the file itself."""
+
+    file: io.FileIO | None = None
 
 
 class LocalFileStore(BytesStore):
@@ -89,7 +98,9 @@ class LocalFileStore(BytesStore):
                 raise CorruptEntry("it is empty or no regular file")
             if self._mmap:
                 # Private and writable: a stray write of a reader stays in its process and does not reach the file.
-                buffer: Any = mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
+                buffer: Any = _Mapped(fd, size, access=mmap.ACCESS_COPY)
+                if fd < _FILES:
+                    buffer.file = io.FileIO(os.dup(fd), "rb")
                 if hasattr(os, "posix_fadvise"):  # unlike mmap.madvise it lets other threads run
                     os.posix_fadvise(fd, 0, size, os.POSIX_FADV_WILLNEED)
             else:

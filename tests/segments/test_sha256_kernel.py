@@ -1,0 +1,46 @@
+"""The hash kernel gives hashlib's digests, in Triton's interpreter and on a GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from redknot_hf.segments import sha256_kernel
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    pytest.importorskip("triton")
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA GPU")
+        yield "cuda"
+        return
+    from redknot_hf.segments import _sha256_triton
+
+    with monkeypatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        importlib.reload(_sha256_triton)
+        yield "cpu"
+    importlib.reload(_sha256_triton)
+
+
+# around the places where the padding takes another block (55/56, 63/64), whole pieces, and a short last one
+@pytest.mark.parametrize("sizes", [[52, 56, 60, 64, 68, 116, 120, 124, 128], [128 * 33 + 36, 4, 0]])
+def test_digests_are_those_of_hashlib(device, sizes):
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randint(0, 256, (n,), dtype=torch.uint8, generator=generator) for n in sizes]
+    want = [hashlib.sha256(bytes(t[i : i + 128].tolist())).digest() for t in tensors for i in range(0, len(t), 128)]
+    found = sha256_kernel.sha256([t.to(device) for t in tensors], 128)
+    assert sha256_kernel.digests(found.cpu()) == want
+
+
+def test_what_the_kernel_cannot_take():
+    assert sha256_kernel.serves(torch.zeros(6, dtype=torch.bfloat16))
+    assert not sha256_kernel.serves(torch.zeros(5, dtype=torch.bfloat16))
+    assert not sha256_kernel.serves(torch.zeros(4, 4, dtype=torch.bfloat16).t())
