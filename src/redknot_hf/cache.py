@@ -23,8 +23,9 @@ from .heads.model_shape import text_config
 from .layer import RedKnotLayer
 from .memory import MemoryReport, report_on
 from .paging.frozen import kv_dtype_of
-from .paging.pool import PagePool
+from .paging.pool import PagePool, PoolCeiling
 from .paging.tiers import NEAR_TOKENS, ColdTier, lost_tokens
+from .pools import check_max_bytes
 from .served import check_options, check_served, is_chunked, resolve_profile
 from .static import StaticRedKnotLayer
 
@@ -62,6 +63,10 @@ class RedKnotCache(Forwards, Cache):
         kv_dtype: keep what is stored in one byte per channel: ``"fp8"`` (``torch.float8_e4m3fn``) or ``"int8"``, with
             one scale per page for keys and one for values. Approximate. Tokens are quantised when another eighth of the
             context has come, or at once by `freeze`; until then they are in the model's dtype. None: never.
+        max_bytes: the most that the page pools of this cache and its forks may take; a forward that needs more is refused
+            before it stores anything (`PoolExhausted`). Can be set later: ``cache.max_bytes = n``. Frozen pages, cold
+            ones and resident copies of cold ones do not count, nor does the second copy of a slab while it grows.
+            None: what the device has.
 
     Raises:
         RedKnotError: an argument is out of range, or the profile is of another shape than the model.
@@ -88,6 +93,7 @@ class RedKnotCache(Forwards, Cache):
         near_tokens: int = NEAR_TOKENS,
         resident_pages: int | None = None,
         kv_dtype: torch.dtype | str | None = None,
+        max_bytes: int | None = None,
     ):
         check_options(prefill, page_size, rollback, max_cache_len)
         if not hasattr(config, "get_text_config"):
@@ -117,6 +123,8 @@ class RedKnotCache(Forwards, Cache):
         self.frozen_until = 0  # tokens that the latest `freeze` has seen
         self.recording = False
         self._start()
+        check_max_bytes(max_bytes)
+        self.ceiling = PoolCeiling(max_bytes)
         self._pools: dict[tuple[int, torch.device, torch.dtype, int, int], PagePool] = {}
 
         template = DynamicCache(config=self.config).layers

@@ -5,7 +5,7 @@ Every layer has a pool of its own; the pools of all layers grow before a forward
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,13 +13,21 @@ import torch
 from .errors import CacheError
 from .heads import HeadProfile
 from .paging.pages import KEEP_ALL, LayerPages
-from .paging.pool import SPARE_TOKENS, PagePool
+from .paging.pool import SPARE_TOKENS, PagePool, PoolCeiling
 from .paging.tiers import ColdTier
 from .windows import effective_window
 
 if TYPE_CHECKING:
     from .layer import RedKnotLayer
     from .step import Step
+
+
+def check_max_bytes(max_bytes: Any) -> None:
+    """Raise unless it is a number of bytes, or None."""
+    if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 1):
+        raise CacheError(
+            f"max_bytes={max_bytes!r}: expected a number of bytes, 1 or more, or None for all that the device has"
+        )
 
 
 class Pools:
@@ -30,11 +38,22 @@ class Pools:
     tp_size: int
     tier: ColdTier | None
     profile: HeadProfile | None
+    ceiling: PoolCeiling
     _pools: dict[tuple[int, torch.device, torch.dtype, int, int], PagePool]
 
     @property
     def paged_layers(self) -> list[RedKnotLayer]:
         raise NotImplementedError
+
+    @property
+    def max_bytes(self) -> int | None:
+        """The most bytes of page pools that this cache and its forks may take together; None: what the device has."""
+        return self.ceiling.max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, max_bytes: int | None) -> None:
+        check_max_bytes(max_bytes)
+        self.ceiling.max_bytes = max_bytes
 
     def geometry(self, index: int, heads: int, model_window: int | None) -> tuple[np.ndarray, np.ndarray, int]:
         """Sinks and windows (int ``[heads]``) of a layer's KV heads, and the model window left for attention.
@@ -87,14 +106,16 @@ class Pools:
         if key not in self._pools:
             if alone:  # made ahead by `reserve` for a layer that turned out different
                 self._pools = {other: pool for other, pool in self._pools.items() if other[0] != index}
-            self._pools[key] = PagePool(self.page_size, alike.key_dim, alike.value_dim, alike.dtype, alike.device)
+            self._pools[key] = PagePool(
+                self.page_size, alike.key_dim, alike.value_dim, alike.dtype, alike.device, ceiling=self.ceiling
+            )
         return self._pools[key]
 
     def reserve(self, layer: RedKnotLayer, step: Step) -> None:
         """Grow the pools of all layers before the first of a forward stores anything, so that none fails half way.
 
-        Not for a decode step, where layers take pages one by one, and not for layers that are new and may be on another
-        GPU than this one.
+        Not for a decode step, where layers take pages one by one (unless there is a ceiling), and not for layers that are
+        new and may be on another GPU than this one.
 
         Raises:
             PoolExhausted: nothing of this forward has been stored then.
@@ -102,7 +123,7 @@ class Pools:
         assert layer.pages is not None and step.new is not None
         if id(layer.pages.pool) in step.reserved:
             return
-        if step.length == 1 and step.start:
+        if step.length == 1 and step.start and self.ceiling.max_bytes is None:
             step.reserved.add(id(layer.pages.pool))
             return
         alike = layer.pages
@@ -120,6 +141,9 @@ class Pools:
             else:
                 continue
             wanted[id(pool)] = (pool, wanted.get(id(pool), (pool, 0))[1] + count)
+        if self.ceiling.max_bytes is not None:
+            missing = [max(0, count - pool.num_free) * pool.page_bytes for pool, count in wanted.values()]
+            self.ceiling.check(sum(missing))
         for pool, count in wanted.values():
             pool.reserve(count, spare=count * SPARE_TOKENS // step.length)
         step.reserved.update(wanted)

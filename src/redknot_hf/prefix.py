@@ -162,6 +162,9 @@ def _fit(pool: PagePool, layers: list[RedKnotLayer]) -> PagePool:
     index = torch.from_numpy(held.astype(np.int64)).to(pool.k.device)
     for target, source in ((fresh.k, pool.k), (fresh.v, pool.v)):
         torch.index_select(source, 0, index, out=target[1 : 1 + len(held)])
+    if pool.ceiling is not None:  # only now: for a moment both are there
+        fresh.ceiling = pool.ceiling
+        fresh.ceiling.join(fresh)
     for pages in tables:
         old, pages.table, pages.pool = pages.table, number[pages.table], fresh
         fresh.share(pages.table)

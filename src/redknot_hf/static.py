@@ -236,7 +236,10 @@ class StaticRedKnotLayer(RedKnotLayer):
         if self.pages is None:
 
             def pool_of(count: int) -> PagePool:
-                return PagePool(self.cache.page_size, self.key_dim, self.value_dim, self.dtype, self.device, count)
+                cache = self.cache
+                return PagePool(
+                    cache.page_size, self.key_dim, self.value_dim, self.dtype, self.device, count, cache.ceiling
+                )
 
             pages = StaticPages(
                 pool_of, self.sink, self.window, self.batch_size, self.rollback, self.limit, self.cache.page_size

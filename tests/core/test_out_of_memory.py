@@ -54,7 +54,7 @@ def test_memory_ends_in_the_middle(llama, kind, where, monkeypatch):
     text = tokens(60)
     if where == "decode":
         forward(llama, text[:, :40], cache)
-    room = {"prompt": 0, "chunk of a prompt": 25_000, "decode": 0}[where]
+    room = {"prompt": 0, "chunk of a prompt": 18_000, "decode": 0}[where]
     with ceiling(monkeypatch, pools_of(other, cache), room), pytest.raises(PoolExhausted) as caught:
         if where == "prompt":
             forward(llama, text, cache)

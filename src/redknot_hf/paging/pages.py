@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import RollbackExceeded
+from ..errors import PoolExhausted, RollbackExceeded
 from .pool import PagePool, upload
 
 KEEP_ALL = 1 << 30  # window and ring length of a head that keeps every token
@@ -196,7 +196,10 @@ class LayerPages:
         full, ring = self.full_heads, self.ring_heads
         runs = self.contiguous and not self.shared and len(full) > 0
         if runs and (need[:, full] > have[:, full]).any():
-            self._grow_runs(have[:, full], need[:, full])
+            try:
+                self._grow_runs(have[:, full], need[:, full])
+            except PoolExhausted:  # no room to move them to: then the next pages lie elsewhere
+                runs = False
         heads = ring if runs else np.arange(self.num_heads)
         more = (need - have)[:, heads]
         row, head = np.nonzero(more > 0)

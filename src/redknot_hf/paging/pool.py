@@ -11,6 +11,8 @@ and zero times a stale NaN or Inf would still be NaN.
 from __future__ import annotations
 
 import threading
+import weakref
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -39,6 +41,57 @@ def _free_bytes(device: torch.device) -> str:
     return "the host has less"
 
 
+class PoolCeiling:
+    """The most bytes that the slabs of some pools may take together; while one of them grows, half of it is there twice.
+
+    Attributes:
+        max_bytes: None for as much as there is. May be changed at any time; pools that take more already stay as they are.
+    """
+
+    def __init__(self, max_bytes: int | None = None):
+        self.max_bytes = max_bytes
+        self.lock = threading.RLock()  # taken by a pool that holds its own lock, never the other way round
+        self._pools: weakref.WeakSet[PagePool] = weakref.WeakSet()
+
+    @property
+    def held(self) -> int:
+        return sum(pool.allocated_bytes for pool in list(self._pools))
+
+    def join(self, pool: PagePool) -> None:
+        self._pools.add(pool)
+
+    def rows(self, pool: PagePool, needed: int, wanted: int) -> int:
+        """Pages that ``pool`` may have in all: ``wanted``, or fewer if others could not have as many more then.
+
+        Raises:
+            PoolExhausted: not even the ``needed`` ones.
+        """
+        if self.max_bytes is None:
+            return wanted
+        there = pool.allocated_bytes // pool.page_bytes
+        room = max(0, self.max_bytes - self.held) // pool.page_bytes
+        if needed > there + room:
+            self._refuse((needed - there) * pool.page_bytes)
+        more = max(needed - there, 0)
+        return max(needed, min(wanted, there + max(more, room // max(1, len(self._pools)))))
+
+    def check(self, more: int) -> None:
+        """Raise unless ``more`` bytes may be taken.
+
+        Raises:
+            PoolExhausted: they may not.
+        """
+        if self.max_bytes is not None and more > max(0, self.max_bytes - self.held):
+            self._refuse(more)
+
+    def _refuse(self, more: int) -> NoReturn:
+        raise PoolExhausted(
+            f"max_bytes={self.max_bytes:,} of this cache are reached: its page pools take {self.held:,} bytes and need "
+            f"{more:,} more. Nothing that is stored is lost: set cache.max_bytes higher, release forks that share its "
+            "pages, or go on in a new cache with a profile with fewer global heads or a shorter context"
+        )
+
+
 class PagePool:
     """Pages of one (device, dtype, head_dim).
 
@@ -47,6 +100,7 @@ class PagePool:
         key_dim, value_dim: channels of a key and of a value.
         dtype, device: of both slabs.
         capacity: number of usable pages if the pool must not grow; ``None`` for a pool that grows.
+        ceiling: what the pool and others may take together.
 
     Attributes:
         k: ``[num_pages, page_size, key_dim]``; v: ``[num_pages, page_size, value_dim]``. The tensors are replaced when
@@ -67,10 +121,14 @@ class PagePool:
         dtype: torch.dtype,
         device: torch.device,
         capacity: int | None = None,
+        ceiling: PoolCeiling | None = None,
     ):
-        self.page_size, self.capacity = page_size, capacity
+        self.page_size, self.capacity, self.ceiling = page_size, capacity, ceiling
         self.lock = threading.RLock()
         rows = 1 + (capacity or 0)
+        size = rows * page_size * (key_dim + value_dim) * dtype.itemsize
+        if ceiling is not None:
+            ceiling.check(size)
         try:
             self.k = self._slab(rows, key_dim, dtype, device)
             self.v = self._slab(rows, value_dim, dtype, device)
@@ -87,6 +145,8 @@ class PagePool:
         self.releases = 0  # how often references were dropped: whoever shares pages may be alone since
         self._used = np.zeros(rows, bool)  # handed out before, so possibly not zero
         self._spare = np.zeros(rows, bool)  # free, and kept for the run before it while other pages are left
+        if ceiling is not None:
+            ceiling.join(self)
 
     def _slab(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.zeros(rows, self.page_size, dim, dtype=dtype, device=device)
@@ -134,6 +194,9 @@ class PagePool:
             if spare is None:
                 spare = count * (SPARE_TOKENS // self.page_size)
             rows = self.num_pages + missing + min(spare, self.num_pages // SPARE_SHARE)
+            if self.ceiling is not None:
+                with self.ceiling.lock:
+                    rows = self.ceiling.rows(self, self.num_pages + missing, rows)
             try:  # one slab after the other, so that only one of them is there twice at any time
                 grown = []
                 for name in ("k", "v"):
