@@ -8,8 +8,9 @@ working folder, with the demo model's Hub id replaced by a local copy. What a re
     -->
 
 A block whose title begins with "needs" (```python title="needs a GPU") is not run, only compiled; the title is what the
-reader sees above it. Blocks of other languages are left alone, except the `redknot` commands in sh blocks: they must
-parse.
+reader sees above it, and `test_docs_code` names the test that does what the block does. Of the blocks in other languages,
+`redknot` commands in sh blocks must parse, and JSON must be JSON. `fences` finds every block there is by another way, so that
+none is passed over because of how it is written.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Block:
     code: str
     runs: bool
     hidden: bool = False
+    title: str = ""
 
 
 def pages() -> list[Path]:
@@ -55,8 +57,25 @@ def blocks(page: Path) -> list[Block]:
         if match["hidden"] is not None:
             found.append(Block(page.name, line, "python", match["hidden"], True, True))
         elif match["language"] in ("python", "sh"):
-            titled = re.search(r'title="needs [^"]+"', match["info"])
-            found.append(Block(page.name, line, match["language"], match["code"], not titled))
+            titled = re.search(r'title="(needs [^"]+)"', match["info"])
+            title = titled[1] if titled else ""
+            found.append(Block(page.name, line, match["language"], match["code"], not titled, title=title))
+    return found
+
+
+def fences(page: Path) -> list[tuple[int, str]]:
+    """(line of the code, what stands behind the fence) of every fenced block, indented and ~~~ ones, too."""
+    found, closing = [], ""
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        match = re.match(r"\s*(?:[-*>]\s+|\d+\.\s+)*(```+|~~~+)(.*)$", line)
+        if match is None:
+            continue
+        if closing:
+            if match[1].startswith(closing) and not match[2].strip():
+                closing = ""
+        elif "`" not in match[2]:  # not a piece of text in backticks
+            closing = match[1]
+            found.append((number + 1, match[2].strip()))
     return found
 
 
