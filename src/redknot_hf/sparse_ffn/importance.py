@@ -24,7 +24,10 @@ from ..segments.rows import RowSet, attention_weights
 
 __all__ = ["Geometry", "attention_call_mass", "last_rows", "received_mass", "splice_call_mass"]
 
-SCORES = 1 << 26  # elements of one fp32 score matrix
+SCORES = {
+    "cpu": 1 << 20,
+    "cuda": 1 << 26,
+}  # elements of one fp32 score matrix: what stays in a CPU's cache, a GPU's memory
 
 
 class Geometry:
@@ -71,7 +74,7 @@ def received_mass(
     all_ask = counts is None and open_keys > 0
     asks = None if all_ask else _asking(seen, counts).expand(batch, -1, group, -1).float()
     hidden = ~seen[..., open_keys:]
-    at_once = max(1, SCORES // max(1, batch * group * n * keys))
+    at_once = max(1, SCORES.get(q.device.type, 1 << 26) // max(1, batch * group * n * keys))
     total = q.new_zeros(batch, keys, dtype=torch.float32)
     for first in range(0, kv_heads, at_once):
         heads = slice(first, first + at_once)
