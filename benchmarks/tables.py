@@ -82,6 +82,35 @@ def decode(result: Any) -> list[str]:
     ]
 
 
+def caches(path: Path) -> list[str]:
+    """What `redknot bench` wrote, as a table; sizes in MB of 10^6 bytes."""
+    found = json.loads(path.read_text())
+    rows = [
+        [
+            row["name"],
+            None if row["first_token_s"] is None else f"{row['first_token_s'] * 1e3:.1f}",
+            None if row["decode_ms"] is None else f"{row['decode_ms']:.2f}",
+            None if row["kv_bytes"] is None else f"{row['kv_bytes'] / 1e6:.1f}",
+            None if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+            row["fits"] if row["fits_measured"] is None else f"{row['fits_measured']} (tried)",
+            None if row["agrees"] is None else f"{row['agrees']:.0%}",
+            row["note"],
+        ]
+        for row in found["rows"]
+    ]
+    head = ["cache", "first token ms", "ms per token", "KV MB per sequence", "peak MB", "fit", "agrees", "note"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return [
+        f"### {found['model']}, {found['batch']} x {found['tokens']} tokens, {found['device']}",
+        "",
+        *table(head, rows),
+        "",
+        f"{found['dtype']}, {found['new_tokens']} new tokens, median of {found['repeats']}, {found['threads']} threads; "
+        f"profile: {found['profile']}; {versions}. From `{path.relative_to(ROOT)}`.",
+        "",
+    ]
+
+
 BEGIN, END = "<!-- table: python benchmarks/tables.py -->", "<!-- end of table -->"
 README_ROWS = {
     "DynamicCache, sdpa with cuDNN": ("DynamicCache sdpa, cuDNN on", None),
@@ -145,6 +174,17 @@ def main() -> int:
     if (found := load("h200/decode.json")) is not None:
         lines += decode(found)
         write_readme(found)
+    if measured := sorted(RESULTS.glob("*/bench_*.json")):
+        lines += [
+            "## Caches side by side",
+            "",
+            "Made by `redknot bench`. Peak: what the device allocator held beyond the weights, whole batch. Fit: sequences by "
+            "bytes in nine tenths of the memory. Agrees: greedy tokens that are DynamicCache's; that of random weights says "
+            "nothing of quality, and a head profile is approximate.",
+            "",
+        ]
+        for path in measured:
+            lines += caches(path)
     summary = RESULTS / "h200" / "summary.md"
     if summary.exists():
         lines += [

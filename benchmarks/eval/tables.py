@@ -1,6 +1,6 @@
 """The results part of docs/evaluation.md, and the summaries beside the rows: from committed rows alone.
 
-    python benchmarks/eval/tables.py            # rewrites docs/evaluation.md below its marker
+    python benchmarks/eval/tables.py            # rewrites docs/evaluation.md below its marker, and README's quality table
     python benchmarks/eval/tables.py --check    # exit status 1 if that would change anything
 
 Every folder of benchmarks/results/eval with a rows.jsonl.gz (what `redknot eval` wrote, several files joined) gets
@@ -25,6 +25,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "evaluation.md"
 MARK = "<!-- results: made by benchmarks/eval/tables.py -->"
 METHODS = ("full", "ours", "streaming", "window", "random", "blind")
+README = ROOT / "README.md"
+BEGIN, END = "<!-- table: python benchmarks/eval/tables.py -->", "<!-- end of quality table -->"
+README_FOLDER, README_CONTEXT = "2k-4k-h100", 2048
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -183,16 +186,51 @@ def results() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def readme_table() -> str:
+    """README's table: shares found and perplexity at one length, without the intervals that the page has."""
+    head, rows = read(RESULTS / "eval" / README_FOLDER)
+    entries = [e for e in summarise(complete(rows)[0]) if e["context"] == README_CONTEXT]
+    methods = [m for m in METHODS if m != "blind" and any(e["method"] == m for e in entries)]
+    of = {(e["task"], e["method"]): e for e in entries}
+    tasks = list(dict.fromkeys(e["task"] for e in entries))
+    sizes = [f"{of[tasks[0], m]['bytes_of_full']:.0%}" for m in methods]
+    lines = [
+        f"| {README_CONTEXT} tokens | " + " | ".join(methods) + " |",
+        "|---" * (len(methods) + 1) + "|",
+        "| KV bytes in use | " + " | ".join(sizes) + " |",
+    ]
+    for task in tasks:
+        title = TASKS[task].title + (" (lower is better)" if TASKS[task].score is None else "")
+        lines.append(f"| {title} | " + " | ".join(f"{of[task, m]['value']:.2f}" for m in methods) + " |")
+    n, versions = max(e["n"] for e in entries if e["method"] == "full"), head["versions"]
+    where = (
+        f"{head['model']}, {head['dtype']}, n = {n}, {head['device']}; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f". From `benchmarks/results/eval/{README_FOLDER}/rows.jsonl.gz`."
+    )
+    return "\n".join([*lines, "", where])
+
+
+def written(path: Path, text: str, check: bool) -> bool:
+    """Whether the file says this already; otherwise it is written, unless only asked."""
+    same = path.read_text(encoding="utf-8") == text
+    if not same and not check:
+        path.write_text(text, encoding="utf-8")
+        print(f"written: {path.relative_to(ROOT)}")
+    return same
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     text = PAGE.read_text(encoding="utf-8")
-    made = text[: text.index(MARK)] + MARK + "\n\n" + results()
+    same = written(PAGE, text[: text.index(MARK)] + MARK + "\n\n" + results(), args.check)
+    text = README.read_text(encoding="utf-8")
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    same &= written(README, f"{text[:start]}\n{readme_table()}\n{text[end:]}", args.check)
     if args.check:
-        sys.exit(int(made != text))
-    PAGE.write_text(made, encoding="utf-8")
-    print(f"written: {PAGE.relative_to(ROOT)}")
+        sys.exit(int(not same))
 
 
 if __name__ == "__main__":
