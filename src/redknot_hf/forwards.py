@@ -16,6 +16,7 @@ import torch
 
 from .errors import CacheError
 from .kernel_path import Lengths
+from .paging.pool import upload
 from .pools import Pools
 from .static import StaticState
 from .step import Handle, Step
@@ -214,14 +215,14 @@ class Forwards(Pools):
     def lengths(self, step: Step, before: np.ndarray, device: torch.device) -> Lengths:
         """Tokens stored around ``step``, on ``device``; counted there, uploaded only after rows were changed."""
         if device not in step.lengths:
-            fed = None if step.order is None else Lengths.upload(step.new, device)  # type: ignore[arg-type]
+            fed = None if step.order is None else upload(step.new, device, np.int32)  # type: ignore[arg-type]
             state = self._states.get(device)
             if state is not None:  # the static form counts in place
                 step.lengths[device] = Lengths(state.before, state.after, fed)
                 return step.lengths[device]
             start = self._device_lens.get(device)
             if start is None:
-                start = Lengths.upload(before, device)
+                start = upload(before, device, np.int32)
             self._device_lens[device] = start + (step.length if fed is None else fed)
             step.lengths[device] = Lengths(start, self._device_lens[device], fed)
         return step.lengths[device]

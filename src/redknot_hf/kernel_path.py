@@ -15,6 +15,7 @@ import segpaged_attention as ops
 import torch
 
 from .paging.pages import KEEP_ALL, LayerPages
+from .paging.pool import upload
 from .paging.torch_attention import AttentionSpec
 
 MAX_DECODE_ROWS = 8
@@ -45,10 +46,6 @@ class Lengths:
     fed: torch.Tensor | None
     scratch: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    @classmethod
-    def upload(cls, before: np.ndarray, device: torch.device) -> torch.Tensor:
-        return torch.from_numpy(before.astype(np.int32)).to(device, non_blocking=True)
-
 
 class KernelLayer:
     """The device side of one layer's page tables.
@@ -66,11 +63,8 @@ class KernelLayer:
         self.replay: Any = None  # a decode step as it was launched before, and what that was made from
         self.form: tuple[Any, ...] = ()
         order = np.concatenate([pages.full_heads, pages.ring_heads])
-        self.order, self.num_full = self._upload(order), len(pages.full_heads)
+        self.order, self.num_full = upload(order, self.device, np.int32), len(pages.full_heads)
         self.sync()
-
-    def _upload(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, np.int32)).to(self.device, non_blocking=True)
 
     def sync(self) -> None:
         """Bring table and rings up to date with the host's."""
@@ -78,8 +72,10 @@ class KernelLayer:
         if self.version == pages.version:
             return
         self.version, self.replay = pages.version, None
-        self.table = self._upload(pages.table)
-        self.sink, self.window, self.ring = map(self._upload, (pages.sink, pages.window, pages.ring))
+        self.table = upload(pages.table, self.device, np.int32)
+        self.sink, self.window, self.ring = (
+            upload(values, self.device, np.int32) for values in (pages.sink, pages.window, pages.ring)
+        )
 
     def append(self, k: torch.Tensor, v: torch.Tensor, lengths: Lengths) -> None:
         """Store a compact chunk ``[batch, kv_heads, n, dim]``."""

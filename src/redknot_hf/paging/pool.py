@@ -25,8 +25,13 @@ SPARE_TOKENS = 1024
 SPARE_SHARE = 8
 
 
-def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """``values`` on ``device``; the host does not wait for the device. (CUDA stages pageable memory before it returns.)"""
+def upload(values: np.ndarray, device: torch.device, dtype: type[np.generic] | None = None) -> torch.Tensor:
+    """``values`` on ``device``, as ``dtype`` if given; the host does not wait for the device.
+
+    (CUDA stages pageable memory before it returns.) On the CPU they may share memory.
+    """
+    if dtype is not None:
+        values = np.ascontiguousarray(values, dtype)
     return torch.from_numpy(values).to(device, non_blocking=True)
 
 
