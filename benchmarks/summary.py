@@ -39,7 +39,7 @@ def bar(name: str, measured: float | None, target: float, unit: str, command: st
 
 def decode_bars(result: Any) -> Iterator[dict[str, Any]]:
     command = result["command"] if result else "python benchmarks/decode/bench.py --out benchmarks/results/h200"
-    rows = result["rows"] if result else []
+    rows = [row for row in result["rows"] if row.get("shape") == "llama-8b"] if result else []
 
     def ms(cache: str, batch: int, context: int) -> float | None:
         """The median where a case was run in several processes."""

@@ -61,21 +61,25 @@ def cpu(result: Any) -> list[str]:
 
 def decode(result: Any) -> list[str]:
     rows = [
-        [row["batch"], row["context"], row["cache"], row["ms"], row.get("run")]
+        [row["shape"], row["batch"], row["context"], row["cache"], row["ms"], row.get("run")]
         for row in result["rows"]
         if "cache" in row and row["context"]
     ]
-    fits = [[row["context"], row["capacity"], row["largest_batch"]] for row in result["rows"] if "capacity" in row]
+    fits = [
+        [row["shape"], row["context"], row["capacity"], row["largest_batch"]]
+        for row in result["rows"]
+        if "capacity" in row
+    ]
     return [
         "## Decoding with an 8B model on a GPU",
         "",
-        "Random weights in the shape of Llama-3.1-8B, bf16. 1/8: one of eight KV heads of each layer keeps everything, the "
-        "others 64 sinks and a window of 256. DynamicCache is shown with and without cuDNN SDPA, whose planning costs tens "
-        "of milliseconds a step.",
+        "Random weights in the shape of Llama-3.1-8B or Qwen3-8B, bf16. 1/8: one of eight KV heads of each layer keeps "
+        "everything, the others 64 sinks and a window of 256. DynamicCache is shown with and without cuDNN SDPA, whose "
+        "planning costs tens of milliseconds a step.",
         "",
-        *table(["batch", "context", "cache", "ms per token", "note"], rows),
+        *table(["shape", "batch", "context", "cache", "ms per token", "note"], rows),
         "",
-        *table(["context", "cache", "largest batch that fits"], fits),
+        *table(["shape", "context", "cache", "largest batch that fits"], fits),
         "",
         source(result, result["device"]),
         "",
@@ -129,13 +133,19 @@ def readme_table(result: Any) -> str:
         found = [
             row["ms"]
             for row in result["rows"]
-            if row.get("cache") == cache and (row["batch"], row["context"]) == (batch, context) and "ms" in row
+            if row.get("cache") == cache
+            and (row["shape"], row["batch"], row["context"]) == ("llama-8b", batch, context)
+            and "ms" in row
         ]
         ends = sorted({f"{ms:.1f}" for ms in found}, key=float)
         return None if not ends else ends[0] if len(ends) == 1 else f"{ends[0]} to {ends[-1]}"
 
     def sessions(cache: str | None) -> Any:
-        found = [row["largest_batch"] for row in result["rows"] if cache and row.get("capacity") == cache]
+        found = [
+            row["largest_batch"]
+            for row in result["rows"]
+            if cache and (row.get("capacity"), row.get("context"), row.get("shape")) == (cache, 131072, "llama-8b")
+        ]
         return found[-1] if found else None
 
     rows = [
