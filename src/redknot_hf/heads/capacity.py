@@ -47,7 +47,9 @@ class Activations:
         wide = int(getattr(text, "intermediate_size", None) or 4 * hidden)
         active = int(getattr(text, "num_experts_per_tok", None) or 1)
         heads = int(getattr(text, "num_attention_heads", shape.num_kv_heads))
-        token = 6 * hidden + 2 * (heads + 2 * shape.num_kv_heads) * shape.head_dim + 3 * active * wide
+        token = (
+            6 * hidden + 2 * (heads + 2 * shape.num_kv_heads) * (shape.head_dim or hidden // heads) + 3 * active * wide
+        )
         logits = int(text.vocab_size) * (itemsize + 4)
         return cls(chunk * token * itemsize + logits, logits)
 

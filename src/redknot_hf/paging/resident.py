@@ -196,9 +196,11 @@ class ResidentPages:
         """
         head, page, slot = placed
         worker, stream = _worker_of(self.device)
-        for half in (self.k, self.v) if stream is not None else ():
-            half.record_stream(stream)  # its memory must not be given away before the copy is done
-        ready = None if stream is None else torch.cuda.current_stream(self.device).record_event()
+        ready = None
+        if stream is not None:
+            for half in (self.k, self.v):
+                half.record_stream(stream)  # its memory must not be given away before the copy is done
+            ready = torch.cuda.current_stream(self.device).record_event()
         halves = self.k.flatten(0, 1), self.v.flatten(0, 1)
         if DIRECT and pinned:
             assert stream is not None and ready is not None

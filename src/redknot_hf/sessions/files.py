@@ -96,31 +96,32 @@ def save_session(
     padding = _padding_bits(cache, batch)
     if padding is not None:
         sources.append(Source.of("padding", torch.from_numpy(padding)))
-    description: dict[str, Any] = {
+    options = {
+        "prefill": cache.prefill,
+        "page_size": cache.page_size,
+        "rollback": cache.rollback,
+        "tp_rank": cache.tp_rank,
+        "tp_size": cache.tp_size,
+        "cold": cache.cold,
+        "retrieve": None if cache.tier is None else cache.tier.pick,
+        "near_tokens": NEAR_TOKENS if cache.tier is None else cache.tier.near,
+        "kv_dtype": None if cache.kv_dtype is None else str(cache.kv_dtype).removeprefix("torch."),
+    }
+    if cache.tier is not None and cache.tier.budget is not None:
+        options["resident_pages"] = cache.tier.budget
+    description = {
         "format": FORMAT,
         "version": VERSION,
         "label": label,
         "model": _describe_model(cache, model),
         "profile": None if cache.profile is None else to_document(cache.profile),
-        "options": {
-            "prefill": cache.prefill,
-            "page_size": cache.page_size,
-            "rollback": cache.rollback,
-            "tp_rank": cache.tp_rank,
-            "tp_size": cache.tp_size,
-            "cold": cache.cold,
-            "retrieve": None if cache.tier is None else cache.tier.pick,
-            "near_tokens": NEAR_TOKENS if cache.tier is None else cache.tier.near,
-            "kv_dtype": None if cache.kv_dtype is None else str(cache.kv_dtype).removeprefix("torch."),
-        },
+        "options": options,
         "recording": bool(cache.recording),
         "seen": cache.seen,
         "frozen_until": cache.frozen_until,
         "batch": batch,
         "layers": layers,
     }
-    if cache.tier is not None and cache.tier.budget is not None:
-        description["options"]["resident_pages"] = cache.tier.budget
     return write_container(path, description, sources)
 
 
