@@ -138,6 +138,8 @@ def run(program, cold: str, page_size: int, rollback: int, near: int, folder: Pa
     config._attn_implementation = "redknot"
     first = PROFILES[len(program) % len(PROFILES)]
     options = {"kv_dtype": kv_dtype} if cold == "drop" else {"cold": cold, "near_tokens": near}
+    if cold == "resident":  # every far page is picked, by number: it stays on the device from one step to the next
+        options = {"cold": "cpu", "near_tokens": near, "retrieve": 1 << 20, "resident_pages": near}
     cache = RedKnotCache(config, first, page_size=page_size, rollback=rollback, **options)
     sessions = [Session(cache, first, 2)]
     sessions[0].feed(10, generator)
@@ -207,7 +209,7 @@ def run(program, cold: str, page_size: int, rollback: int, near: int, folder: Pa
         assert pool.num_free == pool.num_pages - 1 and pool.refs.min() >= 0
 
 
-KINDS = [("drop", None), ("drop", "int8"), ("drop", "fp8"), ("cpu", None), ("disk", None)]
+KINDS = [("drop", None), ("drop", "int8"), ("drop", "fp8"), ("cpu", None), ("disk", None), ("resident", None)]
 
 
 @pytest.fixture(autouse=True)
