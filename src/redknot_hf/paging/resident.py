@@ -142,10 +142,10 @@ class ResidentPages:
         Returns:
             Heads, pages and slots of the new ones, int64 ``[n]``. Those for which there is no slot are left out.
         """
+        pages = keep.shape[1]
         here = self._page_in >= 0
-        kept = here & np.take_along_axis(
-            np.pad(keep, ((0, 0), (0, self._slot_of.shape[1] - keep.shape[1]))), np.maximum(self._page_in, 0), 1
-        )
+        inside = np.take_along_axis(keep, np.clip(self._page_in, 0, pages - 1), 1)
+        kept = here & (self._page_in < pages) & inside  # after a crop there may be pages that are not far any more
         age = np.where(kept, _KEPT, np.where(here, self._wanted_at, -1))
         order = np.argsort(age, axis=1, kind="stable")
         head, page = np.nonzero(new)
@@ -188,30 +188,41 @@ class ResidentPages:
         slabs: tuple[torch.Tensor, torch.Tensor],
         numbers: np.ndarray,
         placed: tuple[np.ndarray, ...],
-        pinned: bool = False,
+        way: str = "thread",
     ) -> None:
         """Begin to copy pages ``numbers`` (int64 ``[n]``) of host slabs into the slots ``placed``, as `place` gave them.
 
         Whatever the stream of this device was told to do before is done first, so slots that it still reads are safe.
+
+        Args:
+            way: who does it: ``"thread"``, ``"device"`` (slabs that are page-locked) or ``"now"``: at once, for the CPU.
         """
         head, page, slot = placed
-        worker, stream = _worker_of(self.device)
-        ready = None
+        ready = stream = None
+        if way != "now":
+            worker, stream = _worker_of(self.device)
         if stream is not None:
             for half in (self.k, self.v):
                 half.record_stream(stream)  # its memory must not be given away before the copy is done
             ready = torch.cuda.current_stream(self.device).record_event()
-        halves = self.k.flatten(0, 1), self.v.flatten(0, 1)
-        if DIRECT and pinned:
+        if way == "device":
             assert stream is not None and ready is not None
             with torch.cuda.stream(stream):
                 stream.wait_event(ready)
                 self._read_directly(slabs, numbers, head, slot)
                 self._coming = stream.record_event(), head, page, slabs
             return
-        into = torch.from_numpy(head * self.slots + slot)
-        job = worker.submit(_copy, slabs, torch.from_numpy(numbers), halves, into, stream, ready)
-        self._coming = job, head, page, None
+        halves = self.k.flatten(0, 1), self.v.flatten(0, 1)
+        job = slabs, torch.from_numpy(numbers), halves, torch.from_numpy(head * self.slots + slot), stream, ready
+        if way == "now":
+            done: Future = Future()
+            try:
+                done.set_result(_copy(*job))
+            except (RuntimeError, MemoryError) as error:
+                done.set_exception(error)
+        else:
+            done = worker.submit(_copy, *job)
+        self._coming = done, head, page, None
 
     def _read_directly(
         self, slabs: tuple[torch.Tensor, torch.Tensor], numbers: np.ndarray, head: np.ndarray, slot: np.ndarray

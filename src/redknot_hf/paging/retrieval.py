@@ -15,7 +15,7 @@ import torch
 
 from . import resident, torch_attention
 from .bounds import PICKED, RUNNER_UP, PageBounds, rank_pages, upper_bounds
-from .cold_pools import side_stream, upload_pages
+from .cold_pools import FilePool, side_stream, upload_pages
 from .pages import LayerPages
 from .pool import PagePool, upload
 from .resident import FetchCounts, ResidentPages
@@ -54,6 +54,7 @@ class FarHeads:
         self.heads, self.bounds, self.pick, self.budget = heads, bounds, pick, budget
         self.counts = FetchCounts()
         self.resident: list[ResidentPages | None] = []  # of each row
+        self._indices: dict[int, tuple[tuple[int, int, int], torch.Tensor]] = {}
 
     def moved_to(self, pages: TieredPages) -> FarHeads:
         """The same heads of another table of the same tokens; nothing is resident, counting goes on."""
@@ -98,7 +99,7 @@ class FarHeads:
         if not far:
             return torch_attention._attend(q, near_k, near_v, None, spec, heads, q.shape[2])
         table = archive.table[row, self.rows_of_archive(), :far].astype(np.int64)
-        rank = self._rank(q[0], table, spec.scale)
+        rank = self._rank(q[0], row, table, spec.scale)
         chosen = rank == PICKED
         counts = chosen.sum(1)
         here = self._look(row, table, chosen) if self.keeps else None
@@ -117,15 +118,23 @@ class FarHeads:
             self._look_ahead(here, table, rank)
         return torch_attention._join(outs, len(heads))
 
-    def _rank(self, q: torch.Tensor, table: np.ndarray, scale: float) -> np.ndarray:
+    def _rank(self, q: torch.Tensor, row: int, table: np.ndarray, scale: float) -> np.ndarray:
         """uint8 ``[heads, far pages]``; the first page is always picked: it holds the attention sinks."""
         if not self.keeps:
             return np.full(table.shape, PICKED, np.uint8)
-        index = upload(table, self.bounds.low.device)
+        index = self._index(row, table)
         bounds = upper_bounds(q, self.bounds.low[index], self.bounds.high[index])
         rank = rank_pages(bounds, scale, self.pick, self._runners_up()).cpu().numpy()
         rank[:, 0] = PICKED
         return rank
+
+    def _index(self, row: int, table: np.ndarray) -> torch.Tensor:
+        """``table`` on the device; it changes when the archive gets a page, not with every token."""
+        key = row, self.pages.settled(keep=1).version, table.shape[1]
+        known = self._indices.get(row)
+        if known is None or known[0] != key:
+            known = self._indices[row] = key, upload(table, self.bounds.low.device)
+        return known[1]
 
     def _slots(self, picked: int) -> int:
         """Pages that each head keeps when a step picks ``picked`` of them."""
@@ -154,7 +163,7 @@ class FarHeads:
         if late:
             head, page, slot = here.place(missing, chosen)
             source = self.pages.settled(keep=1).pool
-            if resident.DIRECT and getattr(source, "pinned", False):
+            if self._way(source) == "device":
                 here.fill_directly((source.k, source.v), table[head, page], (head, page, slot))
                 return here
             k, v = self._fetch(table[head, page][None])
@@ -170,8 +179,14 @@ class FarHeads:
         placed = here.place(absent, rank > 0)
         if len(placed[0]):
             pool = self.pages.settled(keep=1).pool
-            here.bring((pool.k, pool.v), table[placed[0], placed[1]], placed, getattr(pool, "pinned", False))
+            here.bring((pool.k, pool.v), table[placed[0], placed[1]], placed, self._way(pool))
             self._count(ahead=len(placed[0]))
+
+    def _way(self, source: PagePool) -> str:
+        """Who brings pages ahead of a step; see `ResidentPages.bring`."""
+        if self.pages.pool.k.device.type == "cpu":
+            return "thread" if isinstance(source, FilePool) else "now"  # a file may have to be read first
+        return "device" if resident.DIRECT and getattr(source, "pinned", False) else "thread"
 
     def _count(self, asked: int = 0, found: int = 0, late: int = 0, ahead: int = 0) -> None:
         counts = self.counts
