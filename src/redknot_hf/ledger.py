@@ -43,8 +43,9 @@ class Entry:
         name: of the configuration; ``mechanisms`` says which of "head classes" and "sparse FFN" are on.
         flops: of one prefill, by `PARTS`, and "total".
         seconds: median of the whole prefill; ``all_seconds`` every repeat.
-        part_seconds: "attention" (attention modules, with projections and storage), "ffn" (with choosing, gathering and
-            scattering rows) and "rest", from one more run that waits for the device around each module.
+        part_seconds: "attention" (attention modules, with projections and storage), "ffn" (with the norm before it, and
+            choosing, gathering and scattering rows) and "rest", from one more run that waits for the device around each
+            module.
         kv_bytes: pages and tables that the cache holds afterwards.
         moved_bytes: FFN rows gathered and scattered.
         peak_bytes: most that the device allocator held beyond the weights; None on a CPU.
@@ -92,8 +93,8 @@ class Ledger:
         return self.saved_seconds(entry) / saved if saved > 1e-9 else None
 
     def realised_ffn(self, entry: Entry) -> float | None:
-        """The same for the FFN modules alone, at their own rate: tells overhead from FFNs that are faster than the
-        average of the model."""
+        """The same for the FFN modules and the norms before them alone, at their own rate: tells overhead from FFNs that
+        are faster than the average of the model."""
         dense = self.entries[0]
         paper = (1 - (entry.flops["ffn"] + entry.flops["selection"]) / dense.flops["ffn"]) if dense.flops["ffn"] else 0
         if paper <= 1e-9 or not dense.part_seconds["ffn"]:
@@ -339,8 +340,8 @@ def _timed_parts(model: nn.Module, device: torch.device) -> Iterator[dict[str, f
         return hook
 
     for block in find_blocks(model):
-        for part, names in (("attention", block.mixers), ("ffn", block.ffn)):
-            for name in names:
+        for part, names in (("attention", block.mixers), ("ffn", (block.norm, *block.ffn))):
+            for name in filter(None, names):
                 module = getattr(block.layer, name)
                 hooks.append(module.register_forward_pre_hook(before))
                 hooks.append(module.register_forward_hook(after(part)))
