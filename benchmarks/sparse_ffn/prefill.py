@@ -122,7 +122,6 @@ def variants(base: SparseFFNSchedule) -> dict[str, SparseFFNSchedule]:
         "sparse FFN": base,
         "measured in every layer": base.replace(choose_every=1),
         "measured once": base.replace(choose_every=1000),
-        "attention_norm": base.replace(importance="attention_norm"),
     }
 
 
@@ -156,7 +155,7 @@ def main() -> None:
         ):
             if not table:
                 continue
-            ledger = measure_prefill(model, tokens, table, own, repeats)
+            ledger = measure_prefill(model, tokens, table, own, repeats if own is not None else min(3, repeats))
             report[name] = {**ledger.as_dict(), "schedules": {key: repr(value) for key, value in table.items()}}
             path.write_text(json.dumps(report, indent=1) + "\n")
             print(f"[{time.time() - start:5.1f}s] {tokens} {name}", flush=True)
