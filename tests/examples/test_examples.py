@@ -73,6 +73,13 @@ def test_custom_policy():
     assert 0 < measured < drawn
 
 
+@pytest.mark.slow
+def test_migrate():
+    answers = example("migrate").main()
+    assert "marmalade" in answers["DuoAttention's map"][0] and "Lisbon" in answers["DuoAttention's map"][1]
+    assert not any("marmalade" in text or "Lisbon" in text for text in answers["StreamingLLM"])
+
+
 def test_no_example_is_without_a_test():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     scripts = {path.stem for path in FOLDER.glob("*.py")}
