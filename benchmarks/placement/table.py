@@ -89,7 +89,9 @@ def main() -> None:
     text = [
         "Made from rows.jsonl by `python benchmarks/placement/table.py`; the rows are from",
         "`benchmarks/placement/tensor_parallel.py`, one process and `torchrun`, NCCL, random weights. Eager steps are paced",
-        "by the host: they say little about the GPU, and their scatter between runs is large. cuDNN attention is off.",
+        "by the host: they say little about the GPU, and their scatter between runs is large. cuDNN attention is off, which",
+        "makes a captured step of StaticCache slow (its mask rules flash attention out): it is no baseline for speed here.",
+        "Logits of one process and of two differ in bf16 as much with DynamicCache, for sums are made in another order.",
         "",
         *(f"- {device}, torch {torch}, transformers {version}" for device, torch, version in sorted(machines)),
         "",
