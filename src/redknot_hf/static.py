@@ -34,7 +34,10 @@ class StaticState:
         before, after: int32 ``[batch]``, real tokens stored around the latest step.
         started: every row holds a real token, so a single column that comes next is real in each row.
         decoding: ``started`` as it was before the forward that runs now: its layers must agree.
+        lengths: ``before`` and ``after`` for the layers of an eager decode step; made anew for each.
     """
+
+    lengths: kernel_path.Lengths
 
     def __init__(self, device: torch.device, batch: int, limit: int):
         self.seen = torch.zeros((), dtype=torch.int64, device=device)
@@ -127,10 +130,14 @@ class StaticPages(LayerPages):
 
 
 class StaticHandle:
-    """The handle of a decode step: the token is stored already. Made and read inside compiled code."""
+    """The handle of a decode step. Made and read inside compiled code, where the token is stored already.
 
-    def __init__(self, layer: StaticRedKnotLayer, value: torch.Tensor):
-        self.layer, self.value = layer, value
+    Attributes:
+        key: in eager mode on a GPU, the token's keys, which attention stores; else None.
+    """
+
+    def __init__(self, layer: StaticRedKnotLayer, value: torch.Tensor, key: torch.Tensor | None = None):
+        self.layer, self.value, self.key = layer, value, key
 
 
 class StaticRedKnotLayer(RedKnotLayer):
@@ -161,6 +168,17 @@ class StaticRedKnotLayer(RedKnotLayer):
             self._check(key_states)
         if self.first:
             state.step()
+        if not compat.is_compiling() and self.kernel.replays:  # type: ignore[union-attr]
+            if self.first:
+                state.lengths = kernel_path.Lengths(state.before, state.after, None)
+            keys = key_states.detach()
+            setattr(keys, HANDLE, StaticHandle(self, value_states, keys))
+            return keys, value_states
+        self._append_token(key_states, value_states, state)
+        setattr(key_states, HANDLE, StaticHandle(self, value_states))
+        return key_states, value_states
+
+    def _append_token(self, key_states: torch.Tensor, value_states: torch.Tensor, state: StaticState) -> None:
         torch.ops.segpaged_attention.append(
             key_states,
             value_states,
@@ -171,8 +189,6 @@ class StaticRedKnotLayer(RedKnotLayer):
             self.sink_slots,
             self.ring_slots,
         )
-        setattr(key_states, HANDLE, StaticHandle(self, value_states))
-        return key_states, value_states
 
     def attend(
         self,
@@ -191,6 +207,14 @@ class StaticRedKnotLayer(RedKnotLayer):
                 f"a decode step of a static RedKnotCache got a mask ({type(mask).__name__}): a single new token cannot be padding"
             )
         assert self.state is not None
+        if handle.key is not None:
+            key, handle.key = handle.key, None  # and with it the cycle from the key tensor to itself
+            if not compat.is_compiling():
+                assert self.kernel is not None
+                return self.kernel.step_one(
+                    key, handle.value, query, scale, softcap or 0.0, s_aux, self.extra_window, self.state.lengths
+                )
+            self._append_token(key, handle.value, self.state)
         return torch.ops.segpaged_attention.decode(
             query,
             self.k_pages,

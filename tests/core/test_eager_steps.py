@@ -148,6 +148,23 @@ def test_a_step_is_recorded_again_when_what_it_was_made_from_changes(llama, requ
     assert made["repeated"] and made["recorded"] > 3 * LAYERS, made
 
 
+def test_the_static_form_repeats_its_steps_too(llama, replays):
+    """Uncompiled; after a reset, too. What the growing form gives, without the kernels, is right."""
+    cache = mixed_cache(llama, page_size=16, max_cache_len=80)
+    for turn in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel_path, "unavailable", lambda *_: "not here")
+            plain = mixed_cache(llama, page_size=16)
+            want = [forward(llama, tokens(n, seed=n + turn), plain) for n in [20, *[1] * 30]]
+        replays.clear()
+        got = [forward(llama, tokens(n, seed=n + turn), cache) for n in [20, *[1] * 30]]
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-6, rtol=0)
+        assert replays["recorded"] == (0 if turn else LAYERS)
+        assert replays["repeated"] == LAYERS * (30 if turn else 28)
+        cache.reset()
+
+
 def test_generate_takes_the_same_steps(llama, kernels):
     ids = tokens(37)
     cache = global_cache(llama, page_size=16)
@@ -167,14 +184,14 @@ def test_a_layer_runs_one_append_and_one_decode_and_no_more_than_a_dynamic_cache
 
 def test_the_table_goes_up_once_per_page(llama, kernels, monkeypatch):
     uploads = 0
-    upload = kernel_path.KernelLayer._upload
+    upload = kernel_path.upload
 
-    def counting(self, values):
+    def counting(values, *more):
         nonlocal uploads
         uploads += values.ndim == 3
-        return upload(self, values)
+        return upload(values, *more)
 
-    monkeypatch.setattr(kernel_path.KernelLayer, "_upload", counting)
+    monkeypatch.setattr(kernel_path, "upload", counting)
     cache = global_cache(llama, page_size=16)
     forward(llama, tokens(32), cache)
     uploads = 0

@@ -95,7 +95,7 @@ def _without_encoding(run: Any, args: list[Any]) -> tuple[Callable[..., Any], li
 
     As they are where there are none, or where triton's launcher is another than the one this knows (3.6).
     """
-    inner = getattr(run, "launch", None)
+    inner: Any = getattr(run, "launch", None)
     code = getattr(inner, "__code__", None)
     if code is None or code.co_freevars != ("launcher", "tensordesc_indices", "tensordesc_meta"):
         return run, args
