@@ -95,7 +95,7 @@ def test_the_operator_is_given_the_same_problem(monkeypatch):
 
 def test_a_local_row_does_not_read_the_whole_prompt():
     rows = RowSet(np.concatenate([np.arange(a, a + 8) for a in range(0, 40000, 1000)]), "cpu")
-    assert max(b.sinks + b.high - b.low for b in rows.blocks(4, 256, 0, 1, True, torch.zeros(1))) <= 4 + 256 + 8
+    assert max(b.sinks + b.high - b.low for b in rows.blocks(4, 256, 0, 1, 1, True, torch.zeros(1))) <= 4 + 256 + 8
 
 
 @pytest.mark.parametrize("family", FAMILIES)

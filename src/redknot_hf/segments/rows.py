@@ -34,6 +34,7 @@ __all__ = ["PAGE", "RowSet", "attend_rows", "attention_weights", "kinds"]
 PAGE = 64  # slots are padded to whole pages, so that the kernel can read linear storage as pages
 # Rows of one masked call. A block reads the keys up to its last row: small ones waste less, large ones are fewer.
 CPU_BLOCK, GPU_BLOCK = 64, 1024
+CPU_TILE = 64  # query rows that torch's attention gives to one thread at a time
 MASK_ELEMENTS = 1 << 27  # masks above this are made for each layer anew instead of being kept for the forward
 
 
@@ -88,26 +89,27 @@ class RowSet:
         return RowSet(self.host[index], self.device, None if self.partial is None else self.partial[index])
 
     def blocks(
-        self, sink: int, window: int, model_window: int, group: int, plain: bool, like: torch.Tensor
+        self, sink: int, window: int, model_window: int, heads: int, group: int, plain: bool, like: torch.Tensor
     ) -> list[Block]:
         """The calls that heads of one sink and window take; masks are kept for the next layer while they are small.
 
         Args:
+            heads: KV heads of the call.
             group: query heads per KV head; the rows of a mask are repeated that often.
             plain: masks may be additive, of the dtype of ``like``; otherwise they are bool.
         """
         additive = like.dtype if plain and like.device.type == "cpu" else None  # sdpa would convert them in every layer
         key = (sink, window, model_window, group, additive)
         if key not in self._masks:
-            plan = list(self._plan(sink, window))
+            plan = list(self._plan(sink, window, heads, group))
             blocks = [self._block(*place, *key) for place in plan]
             if sum(block.mask.numel() for block in blocks) > MASK_ELEMENTS:
                 return blocks
             self._masks[key] = blocks
         return self._masks[key]
 
-    def _plan(self, sink: int, window: int) -> Iterator[tuple[int, int, int, int, int]]:
-        rows = CPU_BLOCK if self.device.type == "cpu" else GPU_BLOCK
+    def _plan(self, sink: int, window: int, heads: int, group: int) -> Iterator[tuple[int, int, int, int, int]]:
+        rows = balanced_rows(heads, group, torch.get_num_threads()) if self.device.type == "cpu" else GPU_BLOCK
         edges = np.arange(0, len(self), rows)
         if window < KEEP_ALL:  # a gap that no window reaches across would only add keys that nobody sees
             edges = np.union1d(edges, np.flatnonzero(np.diff(self.host) > max(window // 2, 32)) + 1)
@@ -144,6 +146,19 @@ class RowSet:
         if additive is not None:
             mask = torch.zeros(mask.shape, dtype=additive).masked_fill_(~mask, float("-inf"))
         return Block(start, stop, sinks, low, high, mask[None, None])
+
+
+@functools.lru_cache
+def balanced_rows(heads: int, group: int, threads: int) -> int:
+    """Rows of a call of ``heads`` KV heads whose tiles come out even for so many threads, `CPU_BLOCK` to twice that."""
+
+    def idle(rows: int) -> float:
+        tiles = heads * -(-group * rows // CPU_TILE)
+        return -(-tiles // threads) * threads * CPU_TILE / (heads * group * rows)
+
+    sizes = range(CPU_BLOCK, 2 * CPU_BLOCK + 1)
+    best = min(map(idle, sizes))
+    return next(rows for rows in sizes if idle(rows) <= best + 0.02)
 
 
 def attend_rows(
@@ -189,7 +204,7 @@ def attend_rows(
             continue
         outs = []
         group = mine.shape[2]
-        for block in rows.blocks(s, w, spec.model_window, group, spec.plain, q):
+        for block in rows.blocks(s, w, spec.model_window, len(heads), group, spec.plain, q):
             near_k, near_v = keys[:, :, block.low : block.high], values[:, :, block.low : block.high]
             if block.sinks:
                 near_k = torch.cat([keys[:, :, : block.sinks], near_k], 2)

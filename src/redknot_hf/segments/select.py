@@ -18,7 +18,6 @@ What this module does not know: stores, relocation, and how rows are computed.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,7 +28,7 @@ import torch
 from ..errors import RedKnotError, shorten
 from ..paging.torch_attention import AttentionSpec
 from .rows import RowSet, attention_weights
-from .splice import Observer, SpliceCache, SpliceLayer, forward_rows, narrow_rows
+from .splice import KeysComplete, Observer, SpliceCache, SpliceLayer, forward_rows, narrow_rows
 
 __all__ = [
     "SELECTORS",
@@ -123,14 +122,9 @@ class PromptView:
         if ("attention", last) not in self._found:
             watch = _Attention(self.length, last)
             positions = np.unique(np.concatenate([self.query, [self.length - 1]]))
-            with contextlib.suppress(_Enough):
-                self.run(positions, watch)
+            self.run(positions, watch)
             self._found["attention", last] = watch.result()
         return self._found["attention", last]
-
-
-class _Enough(Exception):
-    """Ends a forward whose later layers nobody needs."""
 
 
 class _Deviation(Observer):
@@ -165,7 +159,7 @@ class _Attention(Observer):
         self.total = mass if self.total is None else self.total + mass
         self.count += 1
         if layer.index >= self.last < len(layer.cache.layers) - 1:
-            raise _Enough
+            raise KeysComplete
         values = layer.v[:, :, : self.length]
         out = weights.to(values.dtype).flatten(2, 3) @ values  # [batch, kv_heads, group * n, dim]
         return out.unflatten(2, (-1, len(rows))).flatten(1, 2).transpose(1, 2).to(q.dtype).contiguous()

@@ -31,7 +31,16 @@ from ..paging.pages import KEEP_ALL
 from ..paging.torch_attention import AttentionSpec
 from .rows import PAGE, RowSet, attend_rows, kinds
 
-__all__ = ["Layout", "Observer", "SpliceCache", "SpliceLayer", "decoder_layers", "forward_rows", "narrow_rows"]
+__all__ = [
+    "KeysComplete",
+    "Layout",
+    "Observer",
+    "SpliceCache",
+    "SpliceLayer",
+    "decoder_layers",
+    "forward_rows",
+    "narrow_rows",
+]
 
 
 class Layout(NamedTuple):
@@ -60,6 +69,10 @@ class Observer:
             The result of attention ``[batch, n, q_heads, dim]`` if the observer has computed it anyway, else None.
         """
         return None
+
+
+class KeysComplete(Exception):
+    """Ends a forward that has stored the keys and values that it was run for: nobody reads what would follow."""
 
 
 class SpliceLayer(CacheLayerMixin):
@@ -198,10 +211,13 @@ class SpliceLayer(CacheLayerMixin):
         self._overwrite(rows, k, v)
         handle.release()
         self.cache.consumed += 1
+        out = None
         if self.cache.observer is not None:
             out = self.cache.observer.queries(self, rows, query, spec)
-            if out is not None:
-                return out
+        if self.index == len(self.cache.layers) - 1:
+            raise KeysComplete
+        if out is not None:
+            return out
         return attend_rows(query, rows, self.k, self.v, self.sink, self.window, spec)
 
     def _overwrite(self, rows: RowSet, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -312,7 +328,9 @@ def _given_away(cache: SpliceCache, tokens: int) -> Iterator[tuple[torch.Tensor,
 def forward_rows(
     model: torch.nn.Module, cache: SpliceCache, ids: torch.Tensor, rows: RowSet, observer: Observer | None = None
 ) -> None:
-    """Run the model's decoder over ``rows``: ``ids`` ``[batch, n]`` int64 are their tokens. No logits are computed.
+    """Run the model's decoder over ``rows``: ``ids`` ``[batch, n]`` int64 are their tokens.
+
+    No logits are computed, and in the last layer nothing behind the keys: no attention and no FFN.
 
     Raises:
         UnsupportedModel: the model does not attend through the registered attention function.
@@ -326,12 +344,13 @@ def forward_rows(
         )
     cache.rows, cache.observer, cache.staged, cache.consumed = rows, observer, 0, 0
     try:
-        decoder_of(model)(
-            input_ids=ids,
-            position_ids=rows.positions.expand(ids.shape[0], -1),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with contextlib.suppress(KeysComplete):
+            decoder_of(model)(
+                input_ids=ids,
+                position_ids=rows.positions.expand(ids.shape[0], -1),
+                past_key_values=cache,
+                use_cache=True,
+            )
     finally:
         cache.rows, cache.observer = None, None
     if cache.consumed != cache.staged:
