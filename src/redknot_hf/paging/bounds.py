@@ -36,24 +36,22 @@ class PageBounds:
         self.high = torch.zeros(0, key_dim, dtype=dtype, device=device)
 
     def update(self, pages: LayerPages, before: np.ndarray) -> None:
-        """Take in what was written to ``pages`` since lengths ``before`` (int64 ``[batch]``); call after `advance`."""
+        """Take in the pages of ``pages`` that have become full since lengths ``before`` (int64 ``[batch]``).
+
+        Call after `advance`. A page that is not full has no bounds yet, and none of an earlier content that count.
+        """
         pool, size = pages.pool, pages.pool.page_size
+        first, last = before // size, pages.lens // size
+        if (first >= last).all():
+            return
         if len(self.low) < pool.num_pages:
             grown = torch.zeros(pool.num_pages - len(self.low), self.low.shape[1], dtype=self.low.dtype)
             self.low, self.high = (torch.cat([half, grown.to(half.device)]) for half in (self.low, self.high))
         column = np.arange(pages.table.shape[2])
-        first, last = before // size, -(-pages.lens // size)
         touched = (column >= first[:, None]) & (column < last[:, None])
         touched = np.broadcast_to(touched[:, None], pages.table.shape)
-        if not touched.any():
-            return
         held = pages.table[touched].astype(np.int64)
-        filled = np.minimum(pages.lens[:, None] - column * size, size)
-        filled = np.broadcast_to(filled[:, None], pages.table.shape)[touched]
         keys = pool.k.index_select(0, upload(held, pool.k.device))
-        behind = upload(np.arange(size) >= filled[:, None], keys.device)[..., None]
-        # a slot behind the end repeats the first key of its page, which is always there
-        keys = torch.where(behind, keys[:, :1], keys)
         where = upload(held, self.low.device)
         self.low.index_copy_(0, where, keys.amin(1).to(self.low.device))
         self.high.index_copy_(0, where, keys.amax(1).to(self.high.device))

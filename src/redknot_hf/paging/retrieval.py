@@ -124,9 +124,13 @@ class FarHeads:
             return np.full(table.shape, PICKED, np.uint8)
         index = self._index(row, table)
         bounds = upper_bounds(q, self.bounds.low[index], self.bounds.high[index])
-        rank = rank_pages(bounds, scale, self.pick, self._runners_up()).cpu().numpy()
-        rank[:, 0] = PICKED
-        return rank
+        if not isinstance(self.pick, int):
+            rank = rank_pages(bounds, scale, self.pick, self._runners_up()).cpu().numpy()
+            rank[:, 0] = PICKED
+            return rank
+        # beside the first page, so that all heads read equally many and go together
+        rest = rank_pages(bounds[..., 1:], scale, self.pick, self._runners_up()).cpu().numpy()
+        return np.concatenate([np.full((len(rest), 1), PICKED, np.uint8), rest], 1)
 
     def _index(self, row: int, table: np.ndarray) -> torch.Tensor:
         """``table`` on the device; it changes when the archive gets a page, not with every token."""

@@ -58,7 +58,7 @@ def decode(pages: LayerPages, q: torch.Tensor, spec: AttentionSpec) -> torch.Ten
     if len(pages.full_heads):
         heads = pages.full_heads
         parts.append((heads, _decode_full(pages, _pick(packed, heads, pages.num_heads), spec, heads)))
-    if len(pages.ring_heads):
+    if len(pages.ring_heads) and (pages.far is None or len(pages.far.heads) < len(pages.ring_heads)):
         heads = pages.ring_heads
         parts.append((heads, _decode_ring(pages, _pick(packed, heads, pages.num_heads), spec, heads)))
     if pages.far is not None:  # overrides what the rings of near tokens gave for these heads
