@@ -87,9 +87,10 @@ def _placement_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _capacity_lines(found: dict[str, Any]) -> list[str]:
-    taken = ", ".join(f"{name} {size_text(found[name])}" for name in ("weights", "runtime", "activations"))
+    taken = " and ".join(f"{name} {size_text(found[name])}" for name in ("weights", "runtime"))
     lines = [
-        f"sessions on a device of {size_text(found['gpu_memory'])} ({taken}: {size_text(found['available'])} left for KV)"
+        f"sessions on a device of {size_text(found['gpu_memory'])} ({taken} taken, {size_text(found['available'])} left for "
+        f"them and a forward, activations {size_text(found['activations'])})"
     ]
     kinds = (
         ("dense", "dense", "dense"),

@@ -21,6 +21,9 @@ __all__ = ["RUNTIME_BYTES", "Activations", "Capacity", "capacity"]
 # first page (benchmarks/results/h200/decode.json, free_gb and before_gb of the capacity rows).
 RUNTIME_BYTES = 1 << 30
 CHUNK = 2048
+# The caching allocator keeps blocks of every size that a forward used. An H100 that was filled until a prompt of 2,048 tokens
+# found no room had 2.5 times the activations' bytes beyond its caches (torch 2.11, a Llama-8B shape of 4 layers).
+KEPT_BLOCKS = 2.5
 FREED_SHARE = 100  # of a batch that grows, one part in so many lies in freed blocks that are too small for what comes
 MiB = 1 << 20
 
@@ -30,7 +33,7 @@ class Activations:
     """What a forward needs beside weights and cache.
 
     Attributes:
-        prompt: bytes of one forward over a chunk of a prompt, logits of its last token included.
+        prompt: bytes that one forward over a chunk of a prompt leaves with the allocator, logits of its last token included.
         session: bytes of a decode step for each session: its logits and their float32 copy.
     """
 
@@ -51,7 +54,7 @@ class Activations:
             6 * hidden + 2 * (heads + 2 * shape.num_kv_heads) * (shape.head_dim or hidden // heads) + 3 * active * wide
         )
         logits = int(text.vocab_size) * (itemsize + 4)
-        return cls(chunk * token * itemsize + logits, logits)
+        return cls(int(KEPT_BLOCKS * chunk * token * itemsize) + logits, logits)
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,14 @@ class Capacity:
     """Bytes of one session and how many fit; each per device of a tensor-parallel group.
 
     Attributes:
-        weights, runtime, activations: bytes that are taken before the first session, on one device.
-        available: bytes left for sessions.
+        weights, runtime: bytes that are taken before the first session, on one device.
+        available: bytes left for sessions and for a forward.
+        activations: bytes that a forward over a chunk of a prompt takes. A cache that grows does so when they are not
+            there, so the larger of the two counts.
         dense_bytes, paged_bytes, head_aware_bytes: keys, values and page tables of one session at rest, on the fullest
             device: contiguous tensors that keep every token; pages that keep every token; pages of the profile.
-        dense_extra, paged_extra, head_aware_extra, separate_extra, fixed_extra: what a session takes on top of them at its worst:
-            logits, spare pages, what the allocator rounds up, the second copy of what grows.
+        dense_extra, paged_extra, head_aware_extra, separate_extra, fixed_extra: what a session takes on top of them:
+            logits, spare pages, what the allocator rounds up, the second copy of a slab that grows.
         dense, paged, head_aware: whole sessions that fit as rows of one cache that grows.
         separate: sessions of the profile that fit in a cache for each. The default allocator rounds the slabs of small
             caches up; with ``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`` it does not, and as many fit as in a batch.
@@ -142,8 +147,8 @@ def capacity(
     known = activations is not None
     if activations is None:
         activations = Activations(weights // 50, 0)
-    available = int(memory * utilization) - each - runtime - activations.prompt
-    if available <= 0:
+    available = int(memory * utilization) - each - runtime
+    if available <= activations.prompt:
         raise RedKnotError(
             f"the weights ({each:,} bytes per device), {runtime:,} bytes of context and libraries and "
             f"{activations.prompt:,} bytes of activations do not fit {utilization:.0%} of {memory:,} bytes; use more "
@@ -166,8 +171,8 @@ def capacity(
     aware_pages = max(placed.kv_bytes_per_rank(context, **sizes))
     page = every.kv_bytes(page_size, **sizes) // (layers * profile.num_kv_heads)
 
-    def growing(given: HeadProfile, pages: int) -> tuple[int, int]:
-        """Beyond its pages at rest: a row of a batch that grows, and a session alone in a cache."""
+    def growing(given: HeadProfile, pages: int) -> tuple[int, int, int]:
+        """Of a session beyond its pages at rest: as a row of a batch, its largest slab, alone in a cache."""
         slabs, spare = [], 0.0
         tokens = given.stored_tokens(context)
         for layer in given.attention_layers:
@@ -176,14 +181,18 @@ def capacity(
             more = min(held / SPARE_SHARE, keep_all * -(-SPARE_TOKENS // page_size))
             spare += share * more * page
             slabs.append(share * (held + more) * page / 2)
-        # while it grows, one slab of one layer is there twice; page 0 of a pool is nobody's
-        batch = spare + max(slabs, default=0) + pages / FREED_SHARE
-        alone = sum(2 * _segment(int(slab) + page // 2) for slab in slabs) - pages
-        return activations.session + int(batch), activations.session + alone
+        alone = sum(2 * _segment(int(slab) + page // 2) for slab in slabs) - pages  # page 0 of a pool is nobody's
+        return int(spare + pages / FREED_SHARE), int(max(slabs, default=0)), alone
 
-    dense_extra = activations.session + -(-dense // (2 * layers))  # torch.cat: the old and the new tensor of one layer
-    paged_extra, _ = growing(every, paged_pages)
-    aware_extra, separate_extra = growing(profile, aware_pages)
+    def count(rest: int, extra: int, twice: int = 0) -> int:
+        """Sessions of ``rest + extra`` bytes beside a forward, or beside the second copy of ``twice`` bytes of each."""
+        beside_forward = (available - activations.prompt) // (rest + extra)
+        return min(beside_forward, available // (rest + extra + twice))
+
+    logits = activations.session
+    paged_extra, paged_slab, _ = growing(every, paged_pages)
+    aware_extra, aware_slab, separate_extra = growing(profile, aware_pages)
+    dense_slab = -(-dense // (2 * layers))  # torch.cat: the old and the new tensor of one layer
     paged, head_aware = paged_pages + paged_tables, aware_pages + aware_tables
     assumptions = (
         f"{utilization:.0%} of the memory is this process's, {runtime / MiB:,.0f} MiB of it the CUDA context, kernels and "
@@ -205,16 +214,16 @@ def capacity(
         dense_bytes=dense,
         paged_bytes=paged,
         head_aware_bytes=head_aware,
-        dense_extra=dense_extra,
-        paged_extra=paged_extra,
-        head_aware_extra=aware_extra,
-        separate_extra=separate_extra,
-        fixed_extra=activations.session,
-        dense=available // (dense + dense_extra),
-        paged=available // (paged + paged_extra),
-        head_aware=available // (head_aware + aware_extra),
-        separate=available // (head_aware + separate_extra),
-        fixed=available // (head_aware + activations.session),
+        dense_extra=logits + dense_slab,
+        paged_extra=logits + paged_extra + paged_slab,
+        head_aware_extra=logits + aware_extra + aware_slab,
+        separate_extra=logits + separate_extra,
+        fixed_extra=logits,
+        dense=count(dense, logits, dense_slab),
+        paged=count(paged, logits + paged_extra, paged_slab),
+        head_aware=count(head_aware, logits + aware_extra, aware_slab),
+        separate=count(head_aware, logits + separate_extra),
+        fixed=count(head_aware, logits),
         assumptions=assumptions,
     )
 
