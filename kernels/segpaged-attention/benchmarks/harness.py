@@ -1,7 +1,9 @@
 """Timing, random layers and checks for the benchmarks. Knows no peer and no bar.
 
-Times are microseconds per layer: a CUDA graph that runs the call once on each of several layers with different KV (so
-that nothing is left in L2 from the replay before), the median over replays, divided by the number of layers.
+Times are microseconds per layer: a CUDA graph that runs the call on several layers with different KV (so that nothing is
+left in L2 from the replay before), the median over replays, divided by the number of calls. Starting a graph takes some
+10 us. A model's step has tens of layers in one graph, so a graph here goes over its layers again until it has 32 calls
+or takes 4 ms; two or three large layers alone would carry 3 to 5 us of that start each.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "torch-ext"))
 KEEP_ALL = 1 << 30
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+GRAPH_CALLS = 32  # in a graph, if they take less than
+GRAPH_US = 4000.0
+WARM_US = 30_000.0  # of a method before it is timed
 COLD_BYTES = 400 << 20  # what the layers of one measurement hold together at least; several times any L2
 
 
@@ -33,8 +38,8 @@ def measure_together(methods: dict[str, list[Callable[[], object]]], replays: in
     """The same for several methods whose times are to be compared: they take turns, three each.
 
     A device slows down for all of them alike when it grows warm or its clock drifts. A turn is several replays of one
-    method, and the first of them does not count: it runs at the clock that the method before has left behind, which at
-    the power limit of a GPU makes 5 % and more. Each method gets about `replays` replays, or fewer once they have taken
+    method, and those of its first 30 ms do not count: they run at the clock that the method before has left behind, which
+    at the power limit of a GPU makes 5 % and more. Each method gets about `replays` replays, or fewer once they have taken
     two seconds.
     """
     if not CUDA:
@@ -45,22 +50,38 @@ def measure_together(methods: dict[str, list[Callable[[], object]]], replays: in
                 call()
             result[name] = (time.perf_counter() - begin) * 1e6 / len(calls)
         return result
-    graphs = {name: _capture(calls) for name, calls in methods.items()}
+    graphs = {name: _graph(calls) for name, calls in methods.items()}
     times: dict[str, list[float]] = {name: [] for name in methods}
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     turns = 1 if len(methods) == 1 else 3
     for _ in range(turns):
-        for name, graph in graphs.items():
-            for i in range(-(-replays // turns) + 1):
-                if i > 1 and sum(times[name]) * len(methods[name]) > 2e6:
+        for name, (graph, count) in graphs.items():
+            warm = 0.0
+            while warm < WARM_US:
+                warm += _replay_us(graph)
+            for i in range(-(-replays // turns)):
+                if i and sum(times[name]) * count > 2e6:
                     break
-                begin.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                if i:
-                    times[name].append(begin.elapsed_time(end) * 1e3 / len(methods[name]))
+                times[name].append(_replay_us(graph) / count)
     return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _graph(calls: list[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of the calls, over and over where they are few and short, and how many it has."""
+    graph = _capture(calls)
+    _replay_us(graph)
+    again = min(-(-GRAPH_CALLS // len(calls)), -(-GRAPH_US // _replay_us(graph)))
+    if again > 1:
+        graph = _capture(calls * int(again))
+    return graph, len(calls) * int(again)
+
+
+def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3
 
 
 def _capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:

@@ -54,12 +54,18 @@ MORE: dict[str, Callable[[], None]] = {
     "decode fp32": lambda: Problem(dtype=FP32).decode(8, True),
     "decode fp32 D 256": lambda: Problem(dtype=FP32, head_dim=256, group=16).decode(8, True),
 }
-# Before Hopper or without tensor cores, large tiles keep some registers in local memory: slower, not wrong.
+# Before Hopper or without tensor cores, large tiles keep some registers in local memory: slower, not wrong. On Hopper all
+# of it is in the loop that hardly ever runs, the one that sums up again where a hidden slot held nan.
 SPILLS_ALLOWED = {
+    ("sm80", "prefill"): 32,
+    ("sm80", "prefill over past"): 32,
+    ("sm80", "prefill split"): 96,
+    ("sm80", "prefill, pages of 16"): 32,
     ("sm80", "prefill D 256"): 1024,
     ("sm80", "prefill D 96"): 64,
     ("sm80", "prefill, padding, softcap, sinks"): 64,
-    ("sm90", "prefill fp32"): 32,  # with triton 3.6
+    ("sm90", "prefill D 256"): 256,
+    ("sm90", "prefill fp32"): 384,
     ("sm80", "decode D 256"): 256,  # with triton 3.6
 }
 

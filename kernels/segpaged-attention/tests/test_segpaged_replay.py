@@ -51,6 +51,7 @@ def driver(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple
     monkeypatch.setattr(launching, "_variants", {})
     monkeypatch.setattr(replay.ops, "why_not", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(replay, "_current_device", lambda: None)
     yield calls
 
 
@@ -145,7 +146,7 @@ def test_steps_share_scratch_memory_of_one_stream(driver: list[Any], monkeypatch
     kept = memory[7]
     again(made, moving, memory)
     assert memory == {7: kept} and kept.numel() == made.scratch_bytes > 0
-    monkeypatch.setattr(triton.runtime.driver.active, "get_current_stream", lambda index: 8)
+    monkeypatch.setattr(made, "_stream", lambda index: 8)
     again(made, moving, memory)
     assert set(memory) == {7, 8} and memory[8] is not kept
 
@@ -196,23 +197,27 @@ class Launcher:
     def __init__(self, launch: Any) -> None:
         self.launch = launch
 
-    def __call__(self, x: int, y: int, z: int, stream: int, function: str, *args: Any) -> None:
-        self.launch(x, y, z, stream, function, self.launch_cooperative_grid, self.launch_pdl, None, None, *args)
+    def __call__(self, gridX: int, gridY: int, gridZ: int, stream: int, function: str, *args: Any) -> None:
+        more = (self.launch_cooperative_grid, self.launch_pdl, None, None)
+        self.launch(gridX, gridY, gridZ, stream, function, *more, *args)
 
 
-def test_descriptors_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("descriptors", [True, False])
+def test_the_driver_is_called_as_triton_s_launcher_calls_it(monkeypatch: pytest.MonkeyPatch, descriptors: bool) -> None:
     calls: list[tuple[Any, ...]] = []
     pages = torch.zeros(128, D, dtype=torch.bfloat16)
     described = TensorDescriptor(pages, [128, D], [D, 1], [64, D])
     run = Launcher(wrapped(lambda *call: calls.append(call), {1, 2}, ["a", "b"]))
     args = [11, described, described, 0.5, replay._Hole(0, 4), D, True]
-    head = (3, 2, 1, 7, "function", "m", None, None, None)
-    run(*head, *args)
-    launch, flat = replay._without_encoding(run, args)
+    if not descriptors:
+        run, args = Launcher(lambda *call: calls.append(call)), [11, 0.5, replay._Hole(0, 4)]
+    head, hooks = (3, 2, 1, 7, "function"), ("m", None, None, None)
+    run(*head, *hooks, *args)
+    launch, call = replay._driver_call(run, head, "m", args)
     monkeypatch.setitem(globals(), "make_tensordesc_arg", None)
-    launch(*head, *flat)
+    launch(*call)
     assert launch is not run and calls[0] == calls[1]
-    assert calls[0][14:19] == (("encoded", pages.data_ptr(), "a"), 128, D, D, 1)
-    monkeypatch.undo()
+    if descriptors:
+        assert calls[0][14:19] == (("encoded", pages.data_ptr(), "a"), 128, D, D, 1)
     run.global_scratch_size = 16  # a launcher that also allocates is called as it is
-    assert replay._without_encoding(run, args) == (run, args)
+    assert replay._driver_call(run, head, "m", args) == (run, [*head, *hooks, *args])

@@ -27,8 +27,11 @@ from .tiles import (
     HIDDEN,
     LOG2E,
     Device,
+    bad_as_nan,
     cap_scores,
     device_of,
+    good_and_bad,
+    has_nan,
     load_pages,
     load_tile,
     model_window_of,
@@ -40,21 +43,95 @@ from .tiles import (
 
 
 @triton.jit
+def _load_queries(
+    p_q, q_stride_b, q_stride_h, q_stride_r, item, m_item,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    GUESS: tl.constexpr,
+):  # fmt: skip
+    """[BD, M]: an item's query rows, row m being query row m // GROUP of head m % GROUP; the others are zero."""
+    i_b = (item // KV_HEADS).to(tl.int64)
+    o_m = tl.arange(0, M)
+    o_d = tl.arange(0, BD)
+    p_q_row = p_q + i_b * q_stride_b + (item % KV_HEADS * GROUP + o_m % GROUP) * q_stride_h + o_m // GROUP * q_stride_r
+    m_q = (o_m < tl.where(m_item, ROWS * GROUP, 0))[None, :] & (o_d < D)[:, None]
+    return tl.load(p_q_row[None, :] + o_d[:, None], mask=m_q, other=0.0, volatile=GUESS)
+
+
+@triton.jit
+def _first_pages(
+    p_table, table_stride_b, table_stride_h, item, m_item, block, max_pages,
+    KV_HEADS: tl.constexpr, FOLD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, GUESS: tl.constexpr,
+):  # fmt: skip
+    """Page ids of a block, as `load_pages` gives them; whatever `block` is, nothing beyond the item's row is read."""
+    p_row = p_table + (item // KV_HEADS).to(tl.int64) * table_stride_b + item % KV_HEADS // FOLD * table_stride_h
+    if PAGE >= BLOCK_N:
+        o_page = block * BLOCK_N // PAGE
+    else:
+        o_page = block * BLOCK_N // PAGE + tl.arange(0, BLOCK_N) // PAGE
+    o_page = tl.maximum(tl.minimum(o_page, max_pages - 1), 0)
+    return tl.load(p_row + o_page, mask=o_page < tl.where(m_item, max_pages, 0), other=0, volatile=GUESS)
+
+
+@triton.jit
+def _seen(
+    o_slot, n, seq_len, sink, window, ring, newest, model_window, q_pos, EXACT: tl.constexpr
+):  # fmt: skip
+    """[BLOCK_N, M] or [BLOCK_N, 1]: which row sees which slot."""
+    m_s = (o_slot < n)[:, None]
+    if EXACT:
+        pos = slot_to_position(o_slot, seq_len, sink, ring, newest)[:, None]
+        m_s = m_s & (pos <= q_pos[None, :]) & (pos > q_pos[None, :] - model_window)
+        m_s = m_s & ((pos < sink) | (pos > q_pos[None, :] - window))
+    return m_s
+
+
+@triton.jit
+def _sum_again(
+    p_k, p_v, p_row, b_q, b_m, scale, softcap, model_window, q_pos, token, token_end, n, seq_len, sink, window, ring, newest,
+    M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PAGE: tl.constexpr,
+    EXACT: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[BDV, M]: the weighted sum of slots [token, token_end) in which hidden values count for nothing, whatever they are.
+
+    ``b_m`` is the maximum of their scores. A value that is seen and is nan or infinite gives nan, as it should. Slow: few
+    registers, so that a loop that hardly ever runs takes none from the one that always does.
+    """
+    STEP: tl.constexpr = 16  # divides every page
+    o_n = tl.arange(0, STEP)
+    o_d = tl.arange(0, BD)
+    o_v = tl.arange(0, BDV)
+    b_acc = tl.zeros([BDV, M], tl.float32)
+    for t in tl.range(token, token_end, STEP, num_stages=1):
+        page = tl.load(p_row + t // PAGE)
+        # [STEP, BD], [STEP, BDV]
+        b_k = load_tile(p_k, page, t, o_n, o_d, D, BD, PAGE, STEP, False)
+        b_v = load_tile(p_v, page, t, o_n, o_v, DV, BDV, PAGE, STEP, False)
+        # [STEP, M]
+        b_s = cap_scores(tl.dot(b_k, b_q, input_precision=PRECISION), scale, softcap, CAP)
+        m_s = _seen(t + o_n, n, seq_len, sink, window, ring, newest, model_window, q_pos, EXACT)
+        b_p = tl.where(m_s, tl.exp2(b_s - b_m[None, :]), 0.0)
+        b_good, b_bad = good_and_bad(b_v)
+        b_acc = tl.dot(tl.trans(b_good), b_p.to(b_v.dtype), b_acc, input_precision=PRECISION)
+        b_sees = tl.broadcast_to(m_s, [STEP, M]).to(tl.float32)
+        b_acc = tl.dot(tl.trans(b_bad), b_sees, b_acc, input_precision=PRECISION)
+    return bad_as_nan(b_acc)
+
+
+@triton.jit
 def _attend_part(
-    p_q, p_k_pages, p_v_pages, p_table, p_window, p_aux, p_out, p_acc, p_max, p_sum,
-    q_stride_b, q_stride_h, q_stride_r, table_stride_b, table_stride_h, scale, softcap, model_window,
-    item, seq_len, sink, ring, block, block_end, partial, alone,
+    p_k_pages, p_v_pages, p_k, p_v, p_table, p_window, p_aux, p_out, p_acc, p_max, p_sum,
+    table_stride_b, table_stride_h, scale, softcap, model_window,
+    b_q, page, item, seq_len, sink, ring, block, block_end, partial, alone,
     KV_HEADS: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr, CAP: tl.constexpr, AUX: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
-    """Blocks [block, block_end) of one item; `alone`: they are all it has."""
+    """Blocks [block, block_end) of one item, the first of them on `page`; `alone`: they are all it has."""
     i_b = (item // KV_HEADS).to(tl.int64)
     i_h = item % KV_HEADS
     i_kv = i_h // FOLD
     n = tl.minimum(seq_len, sink + ring)
-    # row m is query row m // GROUP of the group's head m % GROUP; rows from ROWS * GROUP on are padding
     o_m = tl.arange(0, M)
     o_d = tl.arange(0, BD)
     o_v = tl.arange(0, BDV)
@@ -62,20 +139,18 @@ def _attend_part(
     i_r = o_m // GROUP
     o_head = i_h * GROUP + o_m % GROUP
     m_m = o_m < ROWS * GROUP
-    # [BD, M]
-    p_q_row = p_q + i_b * q_stride_b + o_head * q_stride_h + i_r * q_stride_r
-    b_q = tl.load(p_q_row[None, :] + o_d[:, None], mask=m_m[None, :] & (o_d < D)[:, None], other=0.0)
     b_m = tl.full([M], HIDDEN, tl.float32)
     # Sums over warps wait for each other, so rows are summed up once at the end where registers are left for that.
     SUM_LATE: tl.constexpr = M * BDV <= 2048
     b_sums = tl.zeros([BLOCK_N, M] if SUM_LATE else [M], tl.float32)
     b_acc = tl.zeros([BDV, M], tl.float32)
+    window = ring
+    newest = 0
+    q_pos = seq_len - ROWS + i_r
     if EXACT:
         window = tl.load(p_window + i_kv)
         newest = (seq_len - 1 - sink) % ring
-        q_pos = seq_len - ROWS + i_r
     p_row = p_table + i_b * table_stride_b + i_kv * table_stride_h
-    page = load_pages(p_row, block * BLOCK_N, o_n, n, PAGE, BLOCK_N)
     for i_n in tl.range(block, block_end, num_stages=STAGES):
         token = i_n * BLOCK_N
         # [BLOCK_N, BD], [BLOCK_N, BDV]
@@ -84,14 +159,8 @@ def _attend_part(
         page = load_pages(p_row, tl.minimum(i_n + 1, block_end - 1) * BLOCK_N, o_n, n, PAGE, BLOCK_N)
         # [BLOCK_N, M]
         b_s = cap_scores(tl.dot(b_k, b_q, input_precision=PRECISION), scale, softcap, CAP)
-        o_slot = token + o_n
-        if EXACT:
-            pos = slot_to_position(o_slot, seq_len, sink, ring, newest)[:, None]
-            m_s = (o_slot < n)[:, None] & (pos <= q_pos[None, :]) & (pos > q_pos[None, :] - model_window)
-            m_s = m_s & ((pos < sink) | (pos > q_pos[None, :] - window))
-            b_s = tl.where(m_s, b_s, HIDDEN)
-        else:
-            b_s = tl.where((o_slot < n)[:, None], b_s, HIDDEN)
+        m_s = _seen(token + o_n, n, seq_len, sink, window, ring, newest, model_window, q_pos, EXACT)
+        b_s = tl.where(m_s, b_s, HIDDEN)
         # [M]
         b_top = tl.maximum(b_m, tl.max(b_s, 0))
         b_fade = tl.exp2(b_m - b_top)
@@ -106,6 +175,16 @@ def _attend_part(
     b_l = b_sums
     if SUM_LATE:
         b_l = tl.sum(b_sums, 0)
+    hides = block_end * BLOCK_N > n
+    if EXACT:
+        hides = True
+    if GUARD and hides:  # noqa: SIM102
+        if has_nan(b_acc):
+            b_acc = _sum_again(
+                p_k, p_v, p_row, b_q, b_m, scale, softcap, model_window, q_pos, block * BLOCK_N,
+                tl.minimum(block_end * BLOCK_N, n), n, seq_len, sink, window, ring, newest,
+                M, D, DV, BD, BDV, PAGE, EXACT, CAP, PRECISION,
+            )  # fmt: skip
     if alone:
         b_f = output_factor(b_m, b_l, p_aux, o_head, m_m, AUX)
         o_out = ((i_b * ROWS + i_r) * (KV_HEADS * GROUP) + o_head) * DV
@@ -121,13 +200,15 @@ def _attend_part(
 
 @triton.jit(do_not_specialize=["table_stride_b", "table_stride_h", "model_window", "num_items", "max_pages"])
 def _decode_kernel(
-    p_q, p_k_pages, p_v_pages, p_table, p_seq_lens, p_sink, p_window, p_ring, p_aux, p_out, p_acc, p_max, p_sum,
+    p_q, p_k_pages, p_v_pages, p_k, p_v, p_table, p_seq_lens, p_sink, p_window, p_ring, p_aux, p_out, p_acc, p_max, p_sum,
     q_stride_b, q_stride_h, q_stride_r, table_stride_b, table_stride_h, scale, softcap, model_window, num_items, max_pages,
     KV_HEADS: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     ITEMS: tl.constexpr, EXACT: tl.constexpr, CAP: tl.constexpr, AUX: tl.constexpr, TMA: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, OVERHEAD: tl.constexpr, EARLY: tl.constexpr,
+    GUARD: tl.constexpr,
 ):  # fmt: skip
+    AHEAD: tl.constexpr = M * BD <= 4096  # registers are left for the next item's queries
     i_p = tl.program_id(0)
     if EARLY:
         # While the kernel before ends, plan by the lengths as they are. If they change until then, plan again.
@@ -136,12 +217,15 @@ def _decode_kernel(
             EXACT, OVERHEAD, True,
         )  # fmt: skip
         total, programs, unit, stop, item, end = plan(b_guess, i_p, ITEMS)
-        # the page table's line comes into L2; what it says is read again
-        blocks = tl.sum(tl.where(tl.arange(0, ITEMS) == item, b_guess, 0), 0) - OVERHEAD
-        o_page = tl.maximum(unit - end + blocks, 0) * BLOCK_N // PAGE
-        i_row = tl.minimum(item, num_items - 1)
-        p_row = p_table + (i_row // KV_HEADS).to(tl.int64) * table_stride_b + i_row % KV_HEADS // FOLD * table_stride_h
-        tl.load(p_row + tl.maximum(tl.minimum(o_page, max_pages - 1), 0), mask=max_pages > 0, volatile=True)
+        m_item = item < num_items
+        seq_len, sink, ring = item_facts(p_seq_lens, p_sink, p_ring, item, m_item, KV_HEADS, FOLD, True)
+        first, blocks = blocks_of(seq_len, sink, ring, model_window, ROWS, BLOCK_N, EXACT)
+        block = first + tl.maximum(unit - end + blocks, 0)
+        # queries and the page table's line come into L2; what they say is read again
+        _first_pages(
+            p_table, table_stride_b, table_stride_h, item, m_item, block, max_pages, KV_HEADS, FOLD, PAGE, BLOCK_N, True
+        )
+        _load_queries(p_q, q_stride_b, q_stride_h, q_stride_r, item, m_item, KV_HEADS, GROUP, ROWS, M, D, BD, True)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()  # not before: the combining kernel reads lengths before it waits
@@ -150,35 +234,84 @@ def _decode_kernel(
         p_seq_lens, p_sink, p_ring, model_window, num_items, KV_HEADS, FOLD, ROWS, BLOCK_N, ITEMS,
         EXACT, OVERHEAD, False,
     )  # fmt: skip
+    planned = False
     if EARLY:
-        if tl.sum((b_units != b_guess).to(tl.int32), 0) > 0:
+        # all at once, if the plan still holds
+        guess = block
+        seq_len, sink, ring = item_facts(p_seq_lens, p_sink, p_ring, item, m_item, KV_HEADS, FOLD, False)
+        page = _first_pages(
+            p_table, table_stride_b, table_stride_h, item, m_item, guess, max_pages, KV_HEADS, FOLD, PAGE, BLOCK_N,
+            False,
+        )  # fmt: skip
+        b_q = _load_queries(
+            p_q, q_stride_b, q_stride_h, q_stride_r, item, m_item, KV_HEADS, GROUP, ROWS, M, D, BD, False
+        )
+        first, blocks = blocks_of(seq_len, sink, ring, model_window, ROWS, BLOCK_N, EXACT)
+        block = first + tl.maximum(unit - end + blocks, 0)
+        planned = (tl.sum((b_units != b_guess).to(tl.int32), 0) == 0) & (block == guess)
+        if not planned:
             total, programs, unit, stop, item, end = plan(b_units, i_p, ITEMS)
+            m_item = item < num_items
+            seq_len, sink, ring = item_facts(p_seq_lens, p_sink, p_ring, item, m_item, KV_HEADS, FOLD, False)
+            first, blocks = blocks_of(seq_len, sink, ring, model_window, ROWS, BLOCK_N, EXACT)
+            block = first + tl.maximum(unit - end + blocks, 0)
+            page = _first_pages(
+                p_table, table_stride_b, table_stride_h, item, m_item, block, max_pages, KV_HEADS, FOLD, PAGE, BLOCK_N,
+                False,
+            )  # fmt: skip
+            b_q = _load_queries(
+                p_q, q_stride_b, q_stride_h, q_stride_r, item, m_item, KV_HEADS, GROUP, ROWS, M, D, BD, False
+            )
     else:
         total, programs, unit, stop, item, end = plan(b_units, i_p, ITEMS)
-    seq_len, sink, ring = item_facts(p_seq_lens, p_sink, p_ring, item, item < num_items, KV_HEADS, FOLD, False)
-    while unit < stop:
+        m_item = item < num_items
+        seq_len, sink, ring = item_facts(p_seq_lens, p_sink, p_ring, item, m_item, KV_HEADS, FOLD, False)
         first, blocks = blocks_of(seq_len, sink, ring, model_window, ROWS, BLOCK_N, EXACT)
+        block = first + tl.maximum(unit - end + blocks, 0)
+        page = _first_pages(
+            p_table, table_stride_b, table_stride_h, item, m_item, block, max_pages, KV_HEADS, FOLD, PAGE, BLOCK_N,
+            False,
+        )  # fmt: skip
+        b_q = _load_queries(
+            p_q, q_stride_b, q_stride_h, q_stride_r, item, m_item, KV_HEADS, GROUP, ROWS, M, D, BD, False
+        )
+    while unit < stop:
         begin = end - blocks  # of the item's blocks, after its OVERHEAD units
         part_end = tl.minimum(end, stop)
         block = first + tl.maximum(unit - begin, 0)
         block_end = first + tl.maximum(part_end - begin, 0)
         # What the next item needs is on its way while this one is computed: memory that is busy answers late.
-        next_len, next_sink, next_ring = item_facts(
-            p_seq_lens, p_sink, p_ring, item + 1, item + 1 < num_items, KV_HEADS, FOLD, False
-        )
+        m_next = item + 1 < tl.where(part_end < stop, num_items, 0)
+        next_len, next_sink, next_ring = item_facts(p_seq_lens, p_sink, p_ring, item + 1, m_next, KV_HEADS, FOLD, False)
+        next_first, next_blocks = blocks_of(next_len, next_sink, next_ring, model_window, ROWS, BLOCK_N, EXACT)
+        next_page = _first_pages(
+            p_table, table_stride_b, table_stride_h, item + 1, m_next, next_first, max_pages, KV_HEADS, FOLD, PAGE,
+            BLOCK_N, False,
+        )  # fmt: skip
+        if AHEAD:
+            b_next_q = _load_queries(
+                p_q, q_stride_b, q_stride_h, q_stride_r, item + 1, m_next, KV_HEADS, GROUP, ROWS, M, D, BD, False
+            )
         if block_end > block:
             alone = program_of(begin, total, programs) == program_of(end - 1, total, programs)
             _attend_part(
-                p_q, p_k_pages, p_v_pages, p_table, p_window, p_aux, p_out, p_acc, p_max, p_sum, q_stride_b, q_stride_h,
-                q_stride_r, table_stride_b, table_stride_h, scale, softcap, model_window,
-                item, seq_len, sink, ring, block, block_end, i_p + item, alone,
+                p_k_pages, p_v_pages, p_k, p_v, p_table, p_window, p_aux, p_out, p_acc, p_max, p_sum, table_stride_b,
+                table_stride_h, scale, softcap, model_window,
+                b_q, page, item, seq_len, sink, ring, block, block_end, i_p + item, alone,
                 KV_HEADS, FOLD, GROUP, ROWS, M, D, DV, BD, BDV, PAGE, BLOCK_N, EXACT, CAP, AUX, TMA, STAGES, PRECISION,
+                GUARD,
             )  # fmt: skip
         unit = part_end
         item += 1
         seq_len, sink, ring = next_len, next_sink, next_ring
-        _first, next_blocks = blocks_of(seq_len, sink, ring, model_window, ROWS, BLOCK_N, EXACT)
-        end += next_blocks + OVERHEAD
+        first, blocks, page = next_first, next_blocks, next_page
+        end += blocks + OVERHEAD
+        if AHEAD:
+            b_q = b_next_q
+        else:
+            b_q = _load_queries(
+                p_q, q_stride_b, q_stride_h, q_stride_r, item, item < num_items, KV_HEADS, GROUP, ROWS, M, D, BD, False
+            )
 
 
 @triton.jit(do_not_specialize=["model_window", "num_items", "num_programs"])
@@ -250,6 +383,8 @@ class DecodeConfig:
     fold: int = 1  # parts of a group, each an item of its own, where one program cannot hold all rows of a group
     overhead: int = 2  # units that taking up an item costs; on an H200, 0 and 1 are 3 to 11 % slower
     early: bool = False  # plan before the kernel ahead has ended; needs pdl
+    guard: bool = True
+    combine: tuple[int, int, int] | None = None  # output dimensions, parts at a time and warps of a combining program
 
 
 def choose_config(
@@ -332,7 +467,8 @@ def decode(
     acc, maxima, sums = memory.split([partials * v_dim, partials, partials])
     # a handful of variants, not one per batch size
     items = next(bound for bound in (32, 256, 2048, 1 << 14, 1 << 17) if num_items <= bound)
-    block_v, parts = (32, 256) if num_items <= 32 else (64, 64) if num_items <= 128 else (128, 32)
+    few, many = (32, 256, 4), (128, 32, 4)
+    block_v, parts, warps = config.combine or (few if num_items <= 32 else (64, 64, 4) if num_items <= 128 else many)
     block_v = min(block_v, power_of_2(v_dim))
     pool = (page_descriptor(k_pages, config.block_n), page_descriptor(v_pages, config.block_n)) if config.tma else None
     exact = exact_positions or rows > 1 or model_window > 0
@@ -344,7 +480,8 @@ def decode(
         _decode_kernel,
         (config.programs, 1, 1),
         (
-            q, *(pool or (k_pages, v_pages)), block_table, seq_lens, sink, window, ring, s_aux, out, acc, maxima, sums,
+            q, *(pool or (k_pages, v_pages)), k_pages, v_pages, block_table, seq_lens, sink, window,
+            ring, s_aux, out, acc, maxima, sums,
             *strides(q), block_table.stride(0), block_table.stride(1), scale if softcap else scale * LOG2E,
             softcap, limit, num_items, block_table.shape[2],
         ),
@@ -352,7 +489,7 @@ def decode(
             **shape, "M": max(16, power_of_2(rows * group)), "D": head_dim, "DV": v_dim, "BD": power_of_2(head_dim),
             "BDV": power_of_2(v_dim), "PAGE": page_size, "BLOCK_N": config.block_n, "ITEMS": items, "CAP": softcap != 0,
             "TMA": config.tma, "STAGES": config.stages, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-            "EARLY": config.early and config.pdl, **flags,
+            "EARLY": config.early, "GUARD": config.guard, **flags,
         },
         {"num_warps": config.warps, **options},
     )  # fmt: skip
@@ -363,6 +500,6 @@ def decode(
         {
             **shape, "DV": v_dim, "BLOCK_V": block_v, "BLOCK_N": config.block_n, "ITEMS": items, "PARTS": parts, **flags,
         },
-        {"num_warps": 4, **options},
+        {"num_warps": warps, **options},
     )  # fmt: skip
     return out

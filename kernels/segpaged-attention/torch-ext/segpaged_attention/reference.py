@@ -96,6 +96,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap:
     group = q_heads // kv_heads
     out = q.new_empty(batch, rows, q_heads, v.shape[-1])
     k, v = k.float()[:, :, None], v.float()[:, :, None]
+    # an unseen value has weight 0, but 0 times nan is nan: what is not finite counts only where it is seen
+    bad = ~torch.isfinite(v)
+    spoilt = bool(bad.any())
+    if spoilt:
+        v = v.masked_fill(bad, 0.0)
     step = max(1, _SCORE_ELEMENTS // max(1, batch * q_heads * keys))
     for t in range(0, rows, step):  # rows do not depend on each other
         some = q[:, :, t : t + step].float().unflatten(1, (kv_heads, group))
@@ -109,7 +114,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap:
             weight = torch.cat([score, extra], -1).softmax(-1)[..., :-1]
         else:
             weight = score.softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0.0)  # a row of -inf becomes nan
-        out[:, t : t + step] = (weight @ v).permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
+        values = weight @ v
+        if spoilt:
+            values = values.masked_fill(seen.float() @ bad.float() > 0, float("nan"))
+        out[:, t : t + step] = values.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
     return out
 
 

@@ -20,6 +20,10 @@ from torch import Tensor
 
 from . import append_kernel, decode_kernel, launching, ops
 
+_LAUNCHER_ARGUMENTS = ("gridX", "gridY", "gridZ", "stream", "function")
+# the public function also looks whether CUDA is set up
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
 
 @dataclass(frozen=True)
 class _Hole:
@@ -55,10 +59,10 @@ class Replay:
 
         self._launches = []
         for (run, function, metadata, rest), grid, args in launches:
-            launch, kernel_args = _without_encoding(run, [*map(opened, args), *rest])
-            call = [*grid, None, function, metadata, None, None, None, *kernel_args]
+            launch, call = _driver_call(run, (*grid, None, function), metadata, [*map(opened, args), *rest])
             holes = tuple((i, x.which, x.offset) for i, x in enumerate(call) if isinstance(x, _Hole))
             self._launches.append((launch, call, holes))
+        self._stream = triton.runtime.driver.active.get_current_stream
 
     @staticmethod
     def observed() -> bool:
@@ -73,11 +77,11 @@ class Replay:
             like: a tensor of the output's dtype and device.
             scratch: memory by stream, kept here from call to call: one launch after the other may use the same.
         """
-        if torch.cuda.current_device() != self.index:
+        if _current_device() != self.index:
             with torch.cuda.device(self.index):  # a model spread over several GPUs does not change the current one
                 return self(addresses, like, scratch)
         out = like.new_empty(self.shape)
-        stream = triton.runtime.driver.active.get_current_stream(self.index)
+        stream = self._stream(self.index)
         memory = scratch.get(stream)
         if memory is None or memory.numel() < self.scratch_bytes:
             memory = scratch[stream] = like.new_empty(self.scratch_bytes, dtype=torch.uint8)
@@ -90,27 +94,26 @@ class Replay:
         return out
 
 
-def _without_encoding(run: Any, args: list[Any]) -> tuple[Callable[..., Any], list[Any]]:
-    """``run`` and the kernel's arguments, the descriptors among them encoded now instead of at every launch.
+def _driver_call(
+    run: Any, head: tuple[Any, ...], metadata: Any, args: list[Any]
+) -> tuple[Callable[..., Any], list[Any]]:
+    """What to call, and with what, for the launch that ``run(*head, metadata, no hooks, *args)`` makes.
 
-    As they are where there are none, or where triton's launcher is another than the one this knows (3.6).
+    That is ``run`` itself, unless it is the launcher of triton 3.6: then what that calls, with the descriptors among the
+    arguments encoded now instead of at every launch.
     """
-    inner: Any = getattr(run, "launch", None)
-    code = getattr(inner, "__code__", None)
-    if code is None or code.co_freevars != ("launcher", "tensordesc_indices", "tensordesc_meta"):
-        return run, args
-    encode = inner.__globals__.get("make_tensordesc_arg")
-    launcher, indices, metadata = (cell.cell_contents for cell in inner.__closure__)
-    if encode is None or run.global_scratch_size or run.profile_scratch_size:
-        return run, args
-    encoded = iter(metadata)
-    flat = [x for i, given in enumerate(args) for x in (encode(given, next(encoded)) if i in indices else (given,))]
-    lead = (run.launch_cooperative_grid, run.launch_pdl, None, None)
-
-    def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
-        launcher(x, y, z, stream, function, *lead, *rest)
-
-    return launch, flat
+    hooks = (None, None, None)
+    code = getattr(type(run).__call__, "__code__", None)
+    known = code is not None and code.co_varnames[1 : code.co_argcount] == _LAUNCHER_ARGUMENTS
+    if not known or run.global_scratch_size or run.profile_scratch_size:
+        return run, [*head, metadata, *hooks, *args]
+    launch, code = run.launch, getattr(run.launch, "__code__", None)
+    if code is not None and code.co_freevars == ("launcher", "tensordesc_indices", "tensordesc_meta"):
+        encode = launch.__globals__["make_tensordesc_arg"]
+        launch, indices, described = (cell.cell_contents for cell in launch.__closure__)
+        encoded = iter(described)
+        args = [x for i, given in enumerate(args) for x in (encode(given, next(encoded)) if i in indices else (given,))]
+    return launch, [*head, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, *hooks, *args]
 
 
 def record(

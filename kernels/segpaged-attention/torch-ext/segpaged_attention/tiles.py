@@ -50,6 +50,31 @@ def output_factor(b_m, b_l, p_aux, o_head, m_head, AUX: tl.constexpr):
     return tl.where(m_seen, b_f, 0.0)
 
 
+# A hidden slot has weight 0, and 0 times the nan or the infinity that it may hold is nan. So where a sum comes out as nan
+# the kernels make it again from `good_and_bad` values; nan that is seen by a row stays nan.
+_BAD = tl.constexpr(1.0e30)
+
+
+@triton.jit
+def has_nan(b_acc):
+    """Whether any sum is nan."""
+    b_rows = tl.sum(b_acc, 1)
+    return tl.max((b_rows != b_rows).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def good_and_bad(b_v):
+    """Finite values, the others 0; and in float32 a large number for each of the others, to be seen or not seen."""
+    m_v = b_v - b_v == 0.0
+    return tl.where(m_v, b_v, 0.0), tl.where(m_v, 0.0, _BAD)
+
+
+@triton.jit
+def bad_as_nan(b_acc):
+    """Sums in which a bad value was seen become nan."""
+    return tl.where(tl.abs(b_acc) < 0.1 * _BAD, b_acc, float("nan"))
+
+
 @triton.jit
 def slot_to_position(o_slot, seq_len, sink, ring, newest):
     """Position stored in each slot. ``newest``: the ring place of position seq_len - 1, (seq_len - 1 - sink) % ring."""
