@@ -75,7 +75,7 @@ def without_device() -> None:
     ):
         setattr(module, name, Compiled(getattr(module, name)))
     ops.why_not = lambda *_: None
-    torch.cuda.current_device = lambda: None
+    replay._current_device = torch.cuda.current_device = lambda: None
     library = torch.library.Library("segpaged_attention", "IMPL")
     globals()["_library"] = library  # the operators stay as long as it lives
     library.impl("append", ops._append_cuda, "CPU")

@@ -165,7 +165,7 @@ class RedKnotCache(Forwards, Cache):
 
     @property
     def paged_layers(self) -> list[RedKnotLayer]:
-        return [layer for layer in self.layers if isinstance(layer, RedKnotLayer)]
+        return [layer for layer in self.layers if getattr(layer, "is_paged", False)]
 
     @property
     def attention_implementation(self) -> str | None:

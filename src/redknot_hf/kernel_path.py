@@ -39,12 +39,14 @@ class Lengths:
         before, after: int32 ``[batch]``, around the step.
         fed: int32 ``[batch]``, real tokens of each row in this step; None when every column is real.
         scratch: memory that the kernels of the step's layers compute with one after the other, by stream.
+        watched: whether somebody follows triton's launches; asked once per step.
     """
 
     before: torch.Tensor
     after: torch.Tensor
     fed: torch.Tensor | None
     scratch: dict[int, torch.Tensor] = field(default_factory=dict)
+    watched: bool | None = None
 
 
 class KernelLayer:
@@ -150,8 +152,11 @@ class KernelLayer:
                 exact, rows[0].data_ptr(), rows[1].data_ptr(), pool.num_pages,
                 (moving[0] | moving[1] | moving[2] | moving[5]) % 16,
             )  # fmt: skip
-            if self.replay is not None and form == self.form and not self.replay.observed():
-                return self.replay(moving, q, lengths.scratch)
+            if self.replay is not None and form == self.form:
+                if lengths.watched is None:
+                    lengths.watched = self.replay.observed()
+                if not lengths.watched:
+                    return self.replay(moving, q, lengths.scratch)
             from segpaged_attention.replay import record  # imports triton, which is there where a GPU is
 
             self.form = form

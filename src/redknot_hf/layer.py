@@ -38,6 +38,7 @@ class RedKnotLayer(DenseViews, CacheLayerMixin):
         model_window: the model's own sliding window in this layer (tokens), or None.
     """
 
+    is_paged = True  # told apart several times a step; isinstance() takes a microsecond for an abstract base class
     is_compileable = False
     is_croppable = True
     supports_early_init = False
@@ -91,7 +92,7 @@ class RedKnotLayer(DenseViews, CacheLayerMixin):
         Raises:
             CacheError: another batch size, head count or dtype than before, an interrupted forward, another thread.
         """
-        if compat.is_compiling():
+        if torch.compiler.is_compiling():
             return self._update_apart(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
