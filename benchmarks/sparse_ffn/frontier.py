@@ -44,7 +44,6 @@ def ffn_norm(view: Any) -> torch.Tensor:
 
 
 IMPORTANCES = {
-    "accumulated_attention": "accumulated_attention",
     "received_attention": "received_attention",
     "attention_norm": "attention_norm",
     "hidden_change": "hidden_change",

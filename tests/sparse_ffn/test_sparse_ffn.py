@@ -382,9 +382,7 @@ def test_counts_are_rounded_up_to_the_bucket():
 # ---------------------------------------------------------------------------------------------- caches, batches, generate
 
 
-@pytest.mark.parametrize(
-    "importance", ["accumulated_attention", "received_attention", "attention_norm", "hidden_change"]
-)
+@pytest.mark.parametrize("importance", ["received_attention", "attention_norm", "hidden_change"])
 def test_every_cache_gives_the_same(importance):
     model, ids = tiny("qwen3"), tokens(2, 40)
     schedule = SCHEDULE.replace(importance=importance)
@@ -395,7 +393,7 @@ def test_every_cache_gives_the_same(importance):
     assert not close(plain, model(ids).logits.detach())
 
 
-@pytest.mark.parametrize("importance", ["accumulated_attention", "attention_norm"])
+@pytest.mark.parametrize("importance", ["received_attention", "attention_norm"])
 @pytest.mark.parametrize("rule", [dict(keep=0.4), dict(keep=None, mass=0.6)])
 def test_a_padded_row_is_that_row_alone(importance, rule):
     model, ids = tiny("llama"), tokens(2, 50)

@@ -37,27 +37,28 @@ def importances(monkeypatch):
     return found
 
 
-def test_accumulated_attention_is_the_sum_over_the_layers_measured_so_far(watched, monkeypatch):
+def test_memory_adds_what_the_layers_measured_before_had(watched, monkeypatch):
     model, ids, found = tiny("llama"), tokens(2, 40), importances(monkeypatch)
-    with torch.no_grad(), SparseFFN(model, SCHEDULE.replace(importance="accumulated_attention")):
+    with torch.no_grad(), SparseFFN(model, SCHEDULE.replace(memory=0.5)):
         model(ids)
     masses = watched[0]
     assert len(masses) == 3
-    for number, layer in enumerate((1, 2, 3)):
-        assert torch.allclose(found[layer], sum(masses[: number + 1]), atol=1e-6)
-    with torch.no_grad(), SparseFFN(model, SCHEDULE.replace(importance="received_attention")):
+    assert torch.equal(found[1], masses[0])
+    assert torch.allclose(found[2], masses[1] + masses[0] / 2, atol=1e-6)
+    assert torch.allclose(found[3], masses[2] + masses[1] / 2 + masses[0] / 4, atol=1e-6)
+    with torch.no_grad(), SparseFFN(model, SCHEDULE):
         model(ids)
-    assert torch.equal(found[3], masses[-1]) and not torch.allclose(masses[-1], sum(masses[3:]), atol=1e-3)
+    assert torch.equal(found[3], masses[-1])
 
 
-@pytest.mark.parametrize("kind", ["accumulated_attention", "attention_norm", "hidden_change"])
+@pytest.mark.parametrize("kind", ["received_attention", "attention_norm", "hidden_change"])
 def test_a_choice_holds_for_the_layers_that_follow(kind, watched):
     model, ids = tiny("llama"), tokens(1, 40)
     with torch.no_grad(), SparseFFN(model, SCHEDULE.replace(choose_every=2, importance=kind)) as context:
         found = model(ids).logits
     masses, rows = watched
     assert context.measured == {1, 3} and len(rows) == 2 and context.stats.run == [40, 20, 20, 20]
-    assert len(masses) == (2 if kind == "accumulated_attention" else 0)
+    assert len(masses) == (2 if kind == "received_attention" else 0)
     passing = {}
     for layer, index in ((1, rows[0]), (2, rows[0]), (3, rows[1])):
         passing[layer] = torch.zeros(1, 40, dtype=torch.bool)

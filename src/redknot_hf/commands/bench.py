@@ -233,11 +233,7 @@ def _prefill_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sparse.add_argument("--mass", type=float, metavar="X", help="or: share of the importance that they cover")
     sparse.add_argument("--first-layer", type=int, metavar="N", help="first sparse layer (default: the last third)")
-    sparse.add_argument(
-        "--importance",
-        metavar="NAME",
-        help="accumulated_attention (default), received_attention, attention_norm or hidden_change",
-    )
+    sparse.add_argument("--importance", metavar="NAME", help="received_attention, attention_norm or hidden_change")
     parser.add_argument("--repeats", type=_tokens, default=5, metavar="N", help="runs of each (default 5)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a CUDA GPU if there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, bfloat16 on a GPU)")

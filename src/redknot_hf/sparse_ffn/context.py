@@ -22,7 +22,7 @@ import torch
 from .. import attention
 from ..errors import RedKnotError, UnsupportedModel, shorten
 from .run import Run, rows_of
-from .schedule import OF_ATTENTION, SparseFFNSchedule
+from .schedule import SparseFFNSchedule
 from .stats import SparseFFNStats
 from .structure import Block, decoder_of, find_blocks, first_of, hidden_states
 
@@ -47,7 +47,7 @@ class SparseFFN:
         schedule: what passes, or the name of a measured preset. There is no default: what a model tolerates has to be
             measured (docs/sparse-ffn.md).
         query_tokens: trailing tokens of the prompt that ask; they always pass, and their attention is what
-            "received_attention" and "accumulated_attention" count if they are more than ``schedule.query_block``.
+            "received_attention" counts if they are more than ``schedule.query_block``.
         boundaries: request positions at which segments begin.
 
     Attributes:
@@ -140,7 +140,7 @@ class SparseFFN:
 
     def _observed(self) -> frozenset[int]:
         """Layers whose attention is measured: for each that ranks by it the last one that attends before its FFN."""
-        if self.schedule.importance not in OF_ATTENTION:
+        if self.schedule.importance != "received_attention":
             return frozenset()
         found = set()
         for block in self._blocks:
@@ -161,7 +161,7 @@ class SparseFFN:
         running = getattr(self._decoder.config, "_attn_implementation", None)
         if running != attention.NAME:
             raise RedKnotError(
-                f"importance={self.schedule.importance!r} is measured inside attn_implementation={attention.NAME!r}, the "
+                f"importance='received_attention' is measured inside attn_implementation={attention.NAME!r}, the "
                 f"model runs {running!r}: call model.set_attn_implementation({attention.NAME!r}), or take "
                 "importance='attention_norm'"
             )

@@ -43,7 +43,7 @@ def _preset(name: str, kl_text: float, ffn_rows: float, measured: str, keeps: di
     """``keeps``: layer -> share of its rows; a layer that is not named keeps what the one before it does."""
     bands = tuple(Band(layer, keep=keep) for layer, keep in keeps.items())
     return Preset(
-        SparseFFNSchedule(bands=bands, name=name, importance="received_attention"),
+        SparseFFNSchedule(bands=bands, name=name),
         _SMOLLM2,
         kl_text,
         ffn_rows,

@@ -19,7 +19,7 @@ from ..paging.pool import upload
 from ..segments.rows import RowSet
 from ..segments.splice import Observer, SpliceCache, SpliceLayer
 from .importance import Geometry, attention_call_mass, splice_call_mass
-from .schedule import OF_ATTENTION, Band, SparseFFNSchedule
+from .schedule import Band, SparseFFNSchedule
 from .selection import select_rows
 from .structure import first_of, gathered_rows
 
@@ -192,10 +192,9 @@ class Run:
         self._receive(splice_call_mass(query, rows, layer, spec, asking, cache.length))
 
     def _receive(self, mass: torch.Tensor | None) -> None:
-        before = self.received
-        if self.schedule.importance == "accumulated_attention" and mass is not None and before is not None:
-            # the rows of a splice may differ from layer to layer: a sum is one of the same rows
-            mass = mass + before.to(mass.device) if before.shape == mass.shape else mass
+        before, memory = self.received, self.schedule.memory
+        if memory and mass is not None and before is not None and before.shape == mass.shape:
+            mass = mass + memory * before.to(mass.device)
         self.received = mass
 
     def _queries(self) -> int:
@@ -286,7 +285,7 @@ class Run:
         if callable(kind):
             view = LayerView(layer, x, original, self.attention_output, self.input, self.previous_input, self.rows.real)
             return kind(view)
-        if kind in OF_ATTENTION:
+        if kind == "received_attention":
             return self.received
         if kind == "attention_norm":
             return None if self.attention_output is None else _norm(self.attention_output)

@@ -16,8 +16,7 @@ from ..errors import RedKnotError, shorten
 
 __all__ = ["IMPORTANCES", "Band", "SparseFFNSchedule"]
 
-IMPORTANCES = ("accumulated_attention", "received_attention", "attention_norm", "hidden_change")
-OF_ATTENTION = IMPORTANCES[:2]
+IMPORTANCES = ("received_attention", "attention_norm", "hidden_change")
 _RULES = ("mass", "keep", "above_mean")
 
 
@@ -73,11 +72,12 @@ class SparseFFNSchedule:
         recent: last rows of a forward that always pass. A forward of at most this many rows is dense, so decode steps
             and drafts of assisted decoding are.
         importance: "received_attention": attention that a row's key receives from the last `query_block` queries, summed
-            over query heads; "accumulated_attention": the same, summed over this layer and all sparse layers before it
-            that were measured; "attention_norm": L2 norm of what attention adds to the row (the paper's);
+            over query heads; "attention_norm": L2 norm of what attention adds to the row (the paper's);
             "hidden_change": |x - x'| / |x'| of the layer's input x and the input x' of the layer before; or a callable
             that takes a `LayerView` and returns float ``[batch, rows]``.
         query_block: queries whose attention counts, the last real ones; all query rows if the query is known and longer.
+        memory: received attention of a layer is that of this layer plus so much of what the sparse layer measured before it
+            had; 0 looks at each layer alone, 1 sums all.
         choose_every: of the layers in which importance has a say, the first measures it for so many of them; 1 measures
             in each.
         bucket: kept rows of each sequence are rounded up to a multiple of this, with the next rows in importance, and
@@ -99,8 +99,9 @@ class SparseFFNSchedule:
     sink: int = 4
     boundary: int = 8
     recent: int = 128
-    importance: str | Callable[[Any], Any] = "accumulated_attention"
+    importance: str | Callable[[Any], Any] = "received_attention"
     query_block: int = 64
+    memory: float = 0.0
     choose_every: int = 1
     bucket: int = 64
     min_rows: int = 256
@@ -127,6 +128,7 @@ class SparseFFNSchedule:
             value, least = getattr(self, name), int(name in ("query_block", "choose_every", "bucket"))
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise RedKnotError(f"{name}={shorten(value)}: expected a whole number, {least} or more")
+        _check_number("memory", self.memory, 1.0)
         if not callable(self.importance) and self.importance not in IMPORTANCES:
             raise RedKnotError(
                 f"importance={shorten(self.importance)}: expected one of {', '.join(map(repr, IMPORTANCES))}, or a "
