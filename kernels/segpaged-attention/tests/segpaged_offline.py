@@ -16,13 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from segpaged_attention import append_kernel, decode_kernel, positions_kernel, prefill_kernel, tiles
+from segpaged_attention import append_kernel, causal_kernel, decode_kernel, positions_kernel, prefill_kernel, tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-MODULES = (append_kernel, decode_kernel, prefill_kernel, positions_kernel)
+MODULES = (append_kernel, causal_kernel, decode_kernel, prefill_kernel, positions_kernel)
 SM90 = tiles.Device(processors=132, shared_memory=227 << 10, hopper=True)
 SM80 = tiles.Device(processors=108, shared_memory=163 << 10, hopper=False)
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 
 
@@ -56,7 +58,8 @@ class Launch:
                 divisible = name not in plain and value % 16 == 0
             else:
                 kind = _POINTERS[value.base.dtype][1:]
-                signature[name], divisible = f"tensordesc<{kind}{list(value.block_shape)}>", False
+                layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # Gluon's descriptors have one
+                signature[name], divisible = f"tensordesc<{kind}{list(value.block_shape)}{layout}>", False
             if divisible:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         return signature, constants, attributes
@@ -69,7 +72,8 @@ class Launch:
 
     def compile(self, capability: int) -> triton.compiler.CompiledKernel:
         signature, constants, attributes = self.specialise()
-        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        made = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        source = made(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         flags = {n: x for n, x in self.options.items() if n not in self.kernel.arg_names}
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=flags)
 
@@ -96,12 +100,18 @@ def catch(monkeypatch: pytest.MonkeyPatch, device: tiles.Device, call: Callable[
     return caught
 
 
+def machine_code(kernel: triton.compiler.CompiledKernel, folder: Path) -> list[str]:
+    """Lines of the disassembled kernel."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    return subprocess.run([_CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def resources(kernel: triton.compiler.CompiledKernel, folder: Path) -> tuple[int, int]:
     """Registers per thread, and bytes of stack per thread: what was spilled."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    listing = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run([_CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", listing)
     assert found, listing
     return int(found[1]), int(found[2])
