@@ -4,7 +4,8 @@
 
 1. Every layer that may be sparse alone, at several shares of its rows: KL on texts. The last layer keeps nothing: no later
    token reads what its FFN adds to earlier rows.
-2. For every share of FFN rows wanted: the shares per layer with the least sum of these, by dynamic programming.
+2. For every share of FFN rows wanted: the shares per layer with the least sum of these, by dynamic programming. At the
+   first of them several ways to measure attention are tried, and the best is taken.
 3. What single layers cost does not add up. So all layers together are measured, at two context lengths, with each layer's
    share a step up and a step down, and rows are moved from where they matter less to where they matter more, as long as the
    joint KL falls.
@@ -38,6 +39,15 @@ from redknot_hf.sparse_ffn.structure import find_blocks
 
 SINGLE_SHARES = (0.8, 0.6, 0.4, 0.2, 0.0)
 STEP = 0.1  # of a layer's share in one move
+WAYS: tuple[dict[str, float], ...] = (  # to measure attention; the first guess of the first share chooses
+    {},
+    {"query_block": 128},
+    {"query_block": 128, "memory": 0.5},
+    {"query_block": 128, "neighbours": 0.5},
+    {"query_block": 128, "memory": 0.5, "neighbours": 0.5},
+    {"query_block": 128, "memory": 0.8, "neighbours": 0.5},
+    {"memory": 0.5, "neighbours": 0.5},
+)
 
 
 def schedule(keeps: dict[int, float], layers: int, **options: Any) -> SparseFFNSchedule:
@@ -160,8 +170,6 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--rows", type=float, nargs="+", default=[0.769, 0.85, 0.7], help="shares of all rows to run")
     parser.add_argument("--first-layer", type=int, help="first layer that may be sparse (default: the last third)")
-    parser.add_argument("--query-block", type=int, default=128)
-    parser.add_argument("--choose-every", type=int, default=1)
     parser.add_argument("--search-seconds", type=float, default=20, help="for each share of --rows")
     parser.add_argument("--batch-tokens", type=int, default=32768)
     parser.add_argument("--max-seconds", type=float, default=1e9, help="start no batch after this time")
@@ -177,7 +185,6 @@ def main() -> None:
     layers = len(find_blocks(model))
     first = layers * 2 // 3 if args.first_layer is None else args.first_layer
     replay = Replay(model, first)
-    options = {"query_block": args.query_block, "choose_every": args.choose_every}
 
     def say(line: str) -> None:
         print(f"[{time.time() - start:5.0f}s] {line}", flush=True)
@@ -186,19 +193,18 @@ def main() -> None:
     if path.exists():
         chosen = json.loads(path.read_text())
     else:
-        chosen = choose(args, replay, tokenizer, texts, layers, first, options, say)
+        chosen = choose(args, replay, tokenizer, texts, layers, first, say)
         path.write_text(json.dumps(chosen, indent=1) + "\n")
     table: dict[str, SparseFFNSchedule] = {}
-    for number, (share, keeps) in enumerate(chosen["keeps"].items()):
+    options = chosen["options"]
+    for share, keeps in chosen["keeps"].items():
         keeps = {int(layer): keep for layer, keep in keeps.items()}
         table[f"fitted {share}"] = schedule(keeps, layers, **options)
         table[f"fitted {share}, attention_norm"] = schedule(keeps, layers, importance="attention_norm")
-        if number == 0:
-            other = {**options, "importance": "received_attention"}
-            table[f"fitted {share}, received_attention"] = schedule(keeps, layers, **other)
-            table[f"fitted {share}, random"] = schedule(keeps, layers, importance=random_rows)
-            table[f"fitted {share}, choose_every 2"] = schedule(keeps, layers, **{**options, "choose_every": 2})
-            table[f"fitted {share}, choose_every 4"] = schedule(keeps, layers, **{**options, "choose_every": 4})
+        if len(table) == 2:  # the first share, in other ways
+            table[f"fitted {share}, each layer and row by itself"] = schedule(keeps, layers)
+            table[f"fitted {share}, random rows"] = schedule(keeps, layers, importance=random_rows)
+            table[f"fitted {share}, rows chosen every 4 layers"] = schedule(keeps, layers, **options, choose_every=4)
     table["last layer only"] = schedule({layers - 1: 0.0}, layers)
     rows = check(args, replay, tokenizer, texts, table, start, say)
     result = summary(rows, args.contexts, ["dense", *table])
@@ -211,13 +217,13 @@ def main() -> None:
         "versions": {
             "torch": torch.__version__, "transformers": transformers.__version__, "redknot_hf": redknot_hf.__version__,
         },
-        **chosen, "options": options, "check": result,
+        **chosen, "check": result,
     }  # fmt: skip
     (args.out / "fit.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def choose(
-    args: Any, replay: Replay, tokenizer: Any, texts: list[str], layers: int, first: int, options: Any, say: Any
+    args: Any, replay: Replay, tokenizer: Any, texts: list[str], layers: int, first: int, say: Any
 ) -> dict[str, Any]:
     """Steps 1 to 3."""
     groups = []
@@ -225,7 +231,7 @@ def choose(
         samples = prompts(tokenizer, texts, "fit", "text", n, context)
         batches = in_batches(samples, args.batch_tokens)
         groups.append([Prefilled(replay, [samples[i] for i in batch], args.device) for batch in batches])
-    search = Search(groups, layers, first, args.fit_contexts[0], options)
+    search = Search(groups, layers, first, args.fit_contexts[0], {})
     say(f"dense runs of {sum(args.fit)} texts")
     single: dict[tuple[int, float], float] = {}
     for layer in search.free:
@@ -237,19 +243,20 @@ def choose(
     print(json.dumps({f"{layer} {keep}": round(value, 6) for (layer, keep), value in single.items()}))
     found: dict[str, Any] = {}
     joint: dict[str, Any] = {}
-    for share in args.rows:
+    for number, share in enumerate(args.rows):
         keeps = search.cheapest(single, share)
+        if number == 0:  # how attention is measured, chosen once, at the first guess
+            ways = {json.dumps(way): search.measure(keeps, groups, **way) for way in WAYS}
+            say(f"{ {way: round(value, 5) for way, value in ways.items()} }")
+            search.options = json.loads(min(ways, key=ways.__getitem__))
+            joint["ways"] = ways
         before = search.cost(keeps)
         keeps = search.refine(keeps, share, time.time() + args.search_seconds, say)
         found[str(share)] = {str(layer): keep for layer, keep in keeps.items()}
-        ways = {
-            "as chosen": {}, "query_block 64": {"query_block": 64}, "query_block 256": {"query_block": 256},
-            "choose_every 2": {"choose_every": 2}, "received_attention": {"importance": "received_attention"},
-        }  # fmt: skip
         joint[str(share)] = {
             "sum of single layers": sum(single.get((layer, keep), 0.0) for layer, keep in keeps.items()),
             "first guess": before,
-            **{name: search.measure(keeps, groups, **way) for name, way in ways.items()},
+            "as chosen": search.cost(keeps),
         }
         say(f"rows {share}: {keeps} { ({k: round(v, 5) for k, v in joint[str(share)].items()}) }")
     with (args.out / "search.jsonl").open("w") as file:
@@ -259,6 +266,7 @@ def choose(
         "fitted_on": f"{args.fit} texts at {args.fit_contexts} tokens",
         "single_layer_kl": {f"{layer} {keep}": value for (layer, keep), value in single.items()},
         "joint_kl": joint,
+        "options": search.options,
         "keeps": found,
     }
 

@@ -78,6 +78,8 @@ class SparseFFNSchedule:
         query_block: queries whose attention counts, the last real ones; all query rows if the query is known and longer.
         memory: received attention of a layer is that of this layer plus so much of what the sparse layer measured before it
             had; 0 looks at each layer alone, 1 sums all.
+        neighbours: to the received attention of a row so much of that of the row before and of the row after it is added:
+            what follows tends to look beside where the last queries looked.
         choose_every: of the layers in which importance has a say, the first measures it for so many of them; 1 measures
             in each.
         bucket: kept rows of each sequence are rounded up to a multiple of this, with the next rows in importance, and
@@ -102,6 +104,7 @@ class SparseFFNSchedule:
     importance: str | Callable[[Any], Any] = "received_attention"
     query_block: int = 64
     memory: float = 0.0
+    neighbours: float = 0.0
     choose_every: int = 1
     bucket: int = 64
     min_rows: int = 256
@@ -129,6 +132,7 @@ class SparseFFNSchedule:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise RedKnotError(f"{name}={shorten(value)}: expected a whole number, {least} or more")
         _check_number("memory", self.memory, 1.0)
+        _check_number("neighbours", self.neighbours, 1.0)
         if not callable(self.importance) and self.importance not in IMPORTANCES:
             raise RedKnotError(
                 f"importance={shorten(self.importance)}: expected one of {', '.join(map(repr, IMPORTANCES))}, or a "
