@@ -75,9 +75,9 @@ def test_rows_of_a_splice_are_neighbours_where_their_positions_are(monkeypatch):
 
     monkeypatch.setattr(run_module, "splice_call_mass", mass)
     prompt = SegmentedPrompt(model, None, SegmentStore("memory://"), None)
-    segments = [prompt.add(tokens(1, 30, seed)[0].tolist()) for seed in (5, 6)]
+    segments = [prompt.add(tokens(1, 30, seed)[0].tolist()) for seed in (5, 6, 8)]
     with SparseFFN(model, SCHEDULE.replace(neighbours=0.25)):
-        prompt.build(segments, tokens(1, 12, 7)[0].tolist(), recompute=0.5)
+        prompt.build(segments, tokens(1, 12, 7)[0].tolist(), recompute=0.15)
     position, alone = masses[0]
     assert 1 in np.diff(position) and (np.diff(position) > 1).any()
     expected = alone.clone()
