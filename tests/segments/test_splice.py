@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from redknot_hf import HeadProfile, RedKnotCache
 from redknot_hf.paging.pages import KEEP_ALL
 from redknot_hf.paging.torch_attention import AttentionSpec
-from redknot_hf.segments.rows import RowSet, attend_rows, attention_weights
+from redknot_hf.segments.rows import CPU_TILE, RowSet, attend_rows, attention_weights, balanced_rows
 from redknot_hf.segments.splice import SpliceCache, forward_rows, narrow_rows
 
 EXACT = 2e-5
@@ -96,6 +96,31 @@ def test_the_operator_is_given_the_same_problem(monkeypatch):
 def test_a_local_row_does_not_read_the_whole_prompt():
     rows = RowSet(np.concatenate([np.arange(a, a + 8) for a in range(0, 40000, 1000)]), "cpu")
     assert max(b.sinks + b.high - b.low for b in rows.blocks(4, 256, 0, 1, 1, True, torch.zeros(1))) <= 4 + 256 + 8
+
+
+@pytest.mark.parametrize(("heads", "group", "threads"), [(3, 3, 2), (3, 3, 8), (8, 4, 16), (1, 1, 2), (2, 7, 4)])
+def test_blocks_leave_no_thread_idle_that_another_size_would_use(heads, group, threads):
+    def idle(rows):
+        tiles = heads * -(-group * rows // CPU_TILE)
+        return -(-tiles // threads) * threads * CPU_TILE / (heads * group * rows)
+
+    rows = balanced_rows(heads, group, threads)
+    assert 64 <= rows <= 128
+    assert idle(rows) <= min(idle(n) for n in range(64, 129)) + 0.02
+
+
+def test_nothing_behind_the_last_layers_keys_is_computed(monkeypatch):
+    model = tiny("llama")
+    cache = SpliceCache(target_for(model), 40)
+    calls, mlps = [], []
+    original = attend_rows
+    monkeypatch.setattr("redknot_hf.segments.splice.attend_rows", lambda *args: calls.append(1) or original(*args))
+    hooks = [layer.mlp.register_forward_hook(lambda *args: mlps.append(1)) for layer in model.model.layers]
+    forward_rows(model, cache, ids_of(40), RowSet(np.arange(40), "cpu"))
+    for hook in hooks:
+        hook.remove()
+    assert len(calls) == len(mlps) == len(model.model.layers) - 1
+    assert all(layer.k is not None and layer.k[:, :, :40].abs().sum() > 0 for layer in cache.layers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

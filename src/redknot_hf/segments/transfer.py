@@ -162,7 +162,7 @@ class Upload:
                 # numpy copies on this thread, without the GIL; torch would start threads of its own on each of ours
                 np.copyto(content[:size], run.source)
             else:
-                self._read(run, run.file, memoryview(content)[:size])
+                self._read(run, run.file, content[:size].data)
             run.target.copy_(buffer[:size], non_blocking=True)
             event.record()
             last = self._sent(run)
