@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import threading
 from typing import Any
 
@@ -88,12 +89,12 @@ def test_damage_is_found_in_the_right_entry():
 
 
 def test_the_first_layers_are_there_while_the_last_are_on_their_way(monkeypatch):
-    gate, sent = threading.Event(), []
+    gate, sent, numbers = threading.Event(), [], itertools.count(1)
     copy = transfer.np.copyto
 
     def slow(target, source):
         sent.append(len(source))
-        if len(sent) > 6:
+        if next(numbers) > 6:
             assert gate.wait(30)
         copy(target, source)
 
