@@ -166,7 +166,9 @@ class LayerPages:
             self._room -= most
             return
         total = self.lens + new
-        have, need = self.pages_for(self.lens), self.pages_for(total)
+        need = self.pages_for(total)
+        # pages that were prepared and not written to yet are here, too
+        have = np.maximum(self.pages_for(self.lens), (self.table > 0).sum(2))
         if (need > have).any():
             self._grow(have, need)
         if self._guarded:

@@ -83,7 +83,7 @@ class FarHeads:
     # ------------------------------------------------------------------------------------------------- decode
     def decode(self, q: torch.Tensor, spec: torch_attention.AttentionSpec) -> torch.Tensor:
         """One query per row, ``q [batch, heads, group, dim]`` -> the same shape with value channels."""
-        archive = self.pages.settled(keep=1)
+        archive = self.pages.settled(self.pages.lag)
         self.resident = self.resident[: len(q)] + [None] * (len(q) - len(self.resident))
         return torch.cat([self._decode_row(row, q[row : row + 1], spec, archive) for row in range(len(q))])
 
@@ -134,7 +134,7 @@ class FarHeads:
 
     def _index(self, row: int, table: np.ndarray) -> torch.Tensor:
         """``table`` on the device; it changes when the archive gets a page, not with every token."""
-        key = row, self.pages.settled(keep=1).version, table.shape[1]
+        key = row, self.pages.settled(self.pages.lag).version, table.shape[1]
         known = self._indices.get(row)
         if known is None or known[0] != key:
             known = self._indices[row] = key, upload(table, self.bounds.low.device)
@@ -166,7 +166,7 @@ class FarHeads:
         self._count(asked=asked, found=asked - late, late=late)
         if late:
             head, page, slot = here.place(missing, chosen)
-            source = self.pages.settled(keep=1).pool
+            source = self.pages.settled(self.pages.lag).pool
             if self._way(source) == "device":
                 here.fill_directly((source.k, source.v), table[head, page], (head, page, slot))
                 return here
@@ -182,7 +182,7 @@ class FarHeads:
             return
         placed = here.place(absent, rank > 0)
         if len(placed[0]):
-            pool = self.pages.settled(keep=1).pool
+            pool = self.pages.settled(self.pages.lag).pool
             here.bring((pool.k, pool.v), table[placed[0], placed[1]], placed, self._way(pool))
             self._count(ahead=len(placed[0]))
 
@@ -202,7 +202,7 @@ class FarHeads:
 
     def _fetch(self, picked: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages ``[heads, count]`` of the archive -> two ``[1, heads, count * page_size, dim]`` on the device."""
-        pool, device = self.pages.settled(keep=1).pool, self.pages.pool.k.device
+        pool, device = self.pages.settled(self.pages.lag).pool, self.pages.pool.k.device
         index = torch.from_numpy(picked.ravel())
         halves = []
         with side_stream(device, wait_after=True) as main:

@@ -10,9 +10,9 @@ table, on host memory (page-locked next to a GPU) or on a mapped file, in which 
 Both tables share pages between rows and forks in the same way, so forks, beams and crops need nothing special.
 
 On CUDA tokens travel to the archive on a stream of their own, into page-locked memory; the host does not wait for them.
-They are entered into the archive's pages when somebody asks for the archive, or two chunks later. A decode step needs no
-token that is still under way: far pages end before the newest one. Far pages that were picked stay on the device for a
-while and likely ones are fetched ahead (`resident`), so that a step fetches what nobody expected.
+They are entered into the archive's pages when somebody asks for the archive, or when so many have come that it is worth it. A
+decode step needs no token that is still under way: far pages end before them. Far pages that were picked stay on the device
+for a while and likely ones are fetched ahead (`resident`), so that a step fetches what nobody expected.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .retrieval import FarHeads
 
 __all__ = ["ColdTier", "FarHeads", "FilePool", "HostPool", "TieredPages", "lost_tokens", "regrown", "rehoused"]
 
+MOST_UNDER_WAY = 64  # tokens of a row that wait to be entered into the archive's pages, all at once
 NEAR_TOKENS = 256  # recent tokens that retrieval heads keep on the device
 
 
@@ -43,6 +44,14 @@ class _Arriving:
     v: torch.Tensor
     new: np.ndarray
     copied: torch.cuda.Event | None
+
+
+def _side_by_side(chunks: list[_Arriving]) -> int:
+    """How many of the first chunks can be entered as one: those without padding, before any with."""
+    for index, chunk in enumerate(chunks):
+        if (chunk.new != chunk.k.shape[2]).any():
+            return max(index, 1)
+    return len(chunks)
 
 
 class TieredPages(LayerPages):
@@ -84,7 +93,7 @@ class TieredPages(LayerPages):
         self.archived = self.ring_heads
         keeps = np.full(len(self.archived), KEEP_ALL)
         self._archive = LayerPages(cold_pool, np.zeros(len(keeps), np.int64), keeps, batch_size, contiguous=False)
-        self._arriving: list[_Arriving] = []
+        self._start_arrivals()
         if len(retrieval):
             assert bounds is not None
             self.far = FarHeads(self, retrieval, bounds, pick, budget)
@@ -94,15 +103,42 @@ class TieredPages(LayerPages):
     def archive(self) -> LayerPages:
         return self.settled()
 
-    def settled(self, keep: int = 0) -> LayerPages:
-        """The archive, with all tokens entered but those of the latest ``keep`` chunks."""
-        while len(self._arriving) > keep:
-            chunk, archive = self._arriving.pop(0), self._archive
-            if chunk.copied is not None:
-                chunk.copied.synchronize()
-            archive.write(chunk.k, chunk.v, chunk.new)
-            self.count_archive(chunk.new)
+    def _start_arrivals(self) -> None:
+        self._arriving: list[_Arriving] = []
+        self._under_way = np.zeros(self._archive.batch_size, np.int64)  # tokens in these chunks
+        self._promised = 0  # tokens beyond them for which the archive has pages
+
+    @property
+    def lag(self) -> int:
+        """Tokens that a decode step does not need in the archive: far pages end before them."""
+        if self.far is None:
+            return MOST_UNDER_WAY
+        return min(MOST_UNDER_WAY, max(1, int(self.window[self.far.heads].min()) - self.pool.page_size))
+
+    def settled(self, lag: int = 0) -> LayerPages:
+        """The archive, with all tokens entered but at most the latest ``lag`` ones of every row."""
+        if len(self._arriving) and (lag == 0 or int(self._under_way.max()) > lag):
+            # not the latest chunk, if it may wait: it may be on its way still
+            keep = 1 if lag and int(self._arriving[-1].new.max(initial=0)) <= lag else 0
+            chunks = self._arriving[: len(self._arriving) - keep]
+            self._arriving = self._arriving[len(chunks) :]
+            while chunks:
+                alike = _side_by_side(chunks)
+                self._enter(chunks[:alike])
+                chunks = chunks[alike:]
         return self._archive
+
+    def _enter(self, chunks: list[_Arriving]) -> None:
+        last = chunks[-1].copied
+        if last is not None:
+            last.synchronize()  # copies of one stream: the others have arrived, too
+        k, v = chunks[0].k, chunks[0].v
+        if len(chunks) > 1:
+            k, v = (torch.cat([getattr(chunk, name) for chunk in chunks], 2) for name in ("k", "v"))
+        new = sum((chunk.new for chunk in chunks[1:]), chunks[0].new)
+        self._archive.write(k, v, new)
+        self._under_way = self._under_way - new
+        self.count_archive(new)
 
     def count_archive(self, new: np.ndarray) -> None:
         """Count ``new`` (int64 ``[batch]``) tokens that were copied into the archive's pages from elsewhere."""
@@ -113,14 +149,19 @@ class TieredPages(LayerPages):
 
     def prepare(self, new: np.ndarray) -> None:
         super().prepare(new)
-        # pages for what is under way and for what comes: entering them later takes no memory, so it cannot fail
-        self._archive.prepare(sum((chunk.new for chunk in self._arriving), new))
+        most = int(new.max(initial=0))
+        if most > self._promised:
+            # pages for what is under way and for what comes: entering them later takes no memory, so it cannot fail
+            self._archive.prepare(self._under_way + new)
+            self._promised, self._archive._room = most + self._archive._room, 0
+        self._promised -= most
 
     def write(self, k: torch.Tensor, v: torch.Tensor, new: np.ndarray) -> None:
         super().write(k, v, new)
         index = upload(self.archived, k.device)
         parts = [half.index_select(1, index) for half in (k, v)]
-        self.settled(keep=1)
+        self.settled(self.lag)
+        self._under_way = self._under_way + new
         if k.device.type != "cuda":
             self._arriving.append(_Arriving(parts[0], parts[1], new, None))
             return
@@ -149,21 +190,24 @@ class TieredPages(LayerPages):
     def select(self, indices: np.ndarray) -> None:
         super().select(indices)
         self.archive.select(indices)
+        self._start_arrivals()
         if self.far is not None:
             self.far.select(indices)
 
     def fork(self) -> TieredPages:
         twin = super().fork()
         assert isinstance(twin, TieredPages)
-        twin._archive, twin._arriving = self.archive.fork(), []
+        twin._archive = self.archive.fork()
+        self._start_arrivals()
+        twin._start_arrivals()
         if self.far is not None:
             twin.far = FarHeads(twin, self.far.heads, self.far.bounds, self.far.pick, self.far.budget)
         return twin
 
     def free(self) -> None:
         super().free()
-        self._arriving.clear()
         self._archive.free()
+        self._start_arrivals()
         if self.far is not None:
             self.far.resident = []
 
@@ -177,6 +221,7 @@ class TieredPages(LayerPages):
         """Take back the last ``removed`` tokens of each row; rings are filled up again from the archive."""
         super().crop(removed)
         self.archive.crop(removed)
+        self._start_arrivals()
         if self.far is not None:
             self.far.forget_from(int(self.lens.min(initial=0)))
         self._refill()
