@@ -161,3 +161,11 @@ def test_a_folder_of_any_name_gets_the_profile_of_its_architecture(tmp_path):
     assert found(str(tmp_path / "hf"), intermediate_size=1024) == (None, "none")
     assert found("someone/fine-tuned") == (None, "none")
     assert find_profile(None, SimpleNamespace(config=LlamaConfig(**shape)), None)[0] == shipped
+
+
+def test_random_weights_are_named_as_such(tiny_folder, profile, tmp_path, capsys):
+    arguments = ["bench", tiny_folder, "--profile", str(profile.save(tmp_path / "p.json")), "--device", "cpu", "--json"]
+    arguments += ["--tokens", "64", "--new-tokens", "2", "--repeats", "1", "--caches", "ours"]
+    for more, name in (([], "tiny"), (["--random-weights"], "tiny, random weights")):
+        assert main([*arguments, *more]) == 0
+        assert json.loads(capsys.readouterr().out)["model"] == name
