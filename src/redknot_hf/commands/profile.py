@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=int, default=2048, help="tokens per calibration context (default %(default)s)"
     )
-    parser.add_argument("--samples", type=int, help="retrieval prompts (default: 5 on a CPU, 40 on a GPU)")
+    parser.add_argument("--samples", type=int, help="retrieval prompts (default: 9 on a CPU, 40 on a GPU)")
     parser.add_argument(
         "--gate-steps", type=int, help="steps of the gate optimisation (default: what the device does in time)"
     )
