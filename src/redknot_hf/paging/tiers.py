@@ -70,6 +70,7 @@ class TieredPages(LayerPages):
         archived: int64, the local and the retrieval heads, in order: the heads of ``archive``.
         archive: their page table on the cold pool, complete.
         far: the retrieval heads, or None.
+        lag: tokens that a decode step does not need in the archive: far pages end before them.
     """
 
     def __init__(
@@ -98,6 +99,8 @@ class TieredPages(LayerPages):
             assert bounds is not None
             self.far = FarHeads(self, retrieval, bounds, pick, budget)
         self.local_heads = np.setdiff1d(self.ring_heads, retrieval)
+        behind = int(self.window[retrieval].min(initial=KEEP_ALL)) - pool.page_size
+        self.lag = min(MOST_UNDER_WAY, max(1, behind))
 
     @property
     def archive(self) -> LayerPages:
@@ -107,13 +110,6 @@ class TieredPages(LayerPages):
         self._arriving: list[_Arriving] = []
         self._under_way = np.zeros(self._archive.batch_size, np.int64)  # tokens in these chunks
         self._promised = 0  # tokens beyond them for which the archive has pages
-
-    @property
-    def lag(self) -> int:
-        """Tokens that a decode step does not need in the archive: far pages end before them."""
-        if self.far is None:
-            return MOST_UNDER_WAY
-        return min(MOST_UNDER_WAY, max(1, int(self.window[self.far.heads].min()) - self.pool.page_size))
 
     def settled(self, lag: int = 0) -> LayerPages:
         """The archive, with all tokens entered but at most the latest ``lag`` ones of every row."""
