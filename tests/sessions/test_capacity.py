@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from redknot_hf.paging.pool import PagePool
 
 LAYERS, HEADS, DIM = 6, 3, 16
 NONE = Activations(0, 0)
+RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
 
 
 def config() -> LlamaConfig:
@@ -112,6 +114,30 @@ def test_activations_and_what_the_allocator_rounds():
     assert _segment(4 * mib + 1) == 5 * mib and _segment(1) == 512
     said = capacity(HeadProfile.all_global(shape), 4096, 1 << 31, 100, activations=found)
     assert said.available == (1 << 31) - 100 - said.runtime
+
+
+def test_what_an_h200_held():
+    """The batches that fitted on a GPU, from the committed run: printed is never more, and within 3 % (a session) of it."""
+    report = json.loads((RESULTS / "h200" / "decode.json").read_text())
+    shape = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
+        num_hidden_layers=32, head_dim=128,
+    )  # fmt: skip
+    one_of_eight = {(layer, layer % 8) for layer in range(32)}  # as benchmarks/decode/bench.py has it
+    profile = HeadProfile.uniform(shape, sink=64, window=256, global_heads=one_of_eight)
+    names = {"DynamicCache": "dense", "RedKnotCache 1/8": "head_aware", "RedKnotCache 1/8 static": "fixed"}
+    compared = 0
+    for row in report["rows"]:
+        if row.get("capacity") not in names or "trials" not in row:
+            continue
+        weights = int(row["trials"][0]["before_gb"] * 1e9)
+        said = capacity(
+            profile, row["context"], int(report["memory_gb"] * 1e9), weights, activations=Activations.of(shape)
+        )
+        printed, fits = getattr(said, names[row["capacity"]]), row["largest_batch"]
+        assert 0.97 * fits - 1 < printed <= fits, row["capacity"]
+        compared += 1
+    assert compared == 3
 
 
 def test_the_printed_figure(monkeypatch, tmp_path, capsys):
