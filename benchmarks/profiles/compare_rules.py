@@ -10,7 +10,8 @@ this is cheap); "windowed" applies the windows while prefilling, on all 2K promp
 Local heads of every map keep 4 + 256 tokens on average, then 4 + 512: at one budget all rules keep the same bytes.
 Results are rewritten as they come and --resume continues, so an interrupted run leaves what it has. No network.
 
-Written: results.json, results.csv, rows.json (per prompt), maps.json (every map), rules.png, and ours as profile files.
+Written: results.json, results.csv, rows.json.gz (per prompt), paired.csv (ours against each rule on the
+same prompts), maps.json (every map), rules.png, and ours as profile files.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import paired
 import rules
 from plot_rules import plot
 
@@ -60,7 +62,8 @@ from redknot_hf.heads.profiler.visibility import HeadMap
 
 KINDS = ("passkey", "number", "lookup")
 FIRST = ("all global", "all local", "ours")
-VARIANTS = {"ours, answers x4": Objective(needle_misses=1.0)}
+VARIANTS: dict[str, Objective] = {}
+"""Ours with other weights, by the name of the row."""
 MAIN = ("gates", "ablation", "ablation (text)", "retrieval score", "output error (text)", "attention mass", "random 1")
 """Rules that are evaluated before the others where time may end."""
 WINDOWS = (64, 128, 256, 512, 1024)
@@ -148,6 +151,7 @@ def main() -> None:
         "--profile", type=Path, nargs="*", default=[], help="profile files to evaluate beside the rules"
     )
     parser.add_argument("--resume", type=Path, help="folder of an interrupted run: its maps and rows are taken over")
+    parser.add_argument("--again", action="store_true", help="with --resume: choose and evaluate our maps anew")
     parser.add_argument("--batch-tokens", type=int, default=102_400, help="context tokens per batch on a GPU")
     parser.add_argument("--max-seconds", type=float, default=360, help="start no new map after this time")
     args = parser.parse_args()
@@ -199,7 +203,9 @@ def calibrate(model: Any, tokenizer: Any, layout: Any, args: argparse.Namespace,
         "calibration": {**load.__dict__, "gate_steps": steps, "context": context},
     }  # fmt: skip
     source = None if args.made_up else read_texts(args.data, "valid")
-    needles, texts = build_prompts(tokenizer, source, "profile", load.needles, load.texts, context, load.rows, 0)
+    needles, texts = build_prompts(
+        tokenizer, source, "profile", load.needles, load.texts, context, load.rows, 0, load.together, load.kinds
+    )
     measured = measure_heads(
         model, layout, needles, texts, load, sink=rules.SINK, windows=WINDOWS,
         gate_window=rules.WINDOW, gate_steps=steps, gate_weight=5.0, seed=0, checkpoint=Checkpoint(None, ""),
@@ -210,7 +216,8 @@ def calibrate(model: Any, tokenizer: Any, layout: Any, args: argparse.Namespace,
     if load.search_needles:
         measured.prompts.clear()
         fresh = build_prompts(
-            tokenizer, source, "selection", load.search_needles, load.search_texts, context, load.search_rows, 0
+            tokenizer, source, "selection", load.search_needles, load.search_texts, context, load.search_rows, 0,
+            kinds=load.kinds,
         )  # fmt: skip
         groups = [*batches(fresh[0], load.batch), *batches(fresh[1], load.batch)]
         prompts = [full_reference(model, collate(group, device)) for group in groups]
@@ -229,7 +236,7 @@ def choose_ours(
         search = remembering(known, search_on(
             model, layout, calibration.prompts, windows=WINDOWS, sink=rules.SINK, objective=objective or Objective(),
             sketches=load.search_sketches, seed=0, mode=mode, rounds=load.rounds, lengths=load.lengths,
-            singles=load.singles,
+            singles=load.singles, finalists=load.finalists, deployed_rounds=load.deployed_rounds,
         ))  # fmt: skip
         for budget in budgets or args.budgets:
             profile = select_profile(
@@ -307,7 +314,12 @@ class Comparison:
             document = json.loads((args.resume / "maps.json").read_text())
             self.environment, self.maps = document["environment"], document["maps"]
             self.results = json.loads((args.resume / "results.json").read_text())["results"]
-            self.rows = json.loads((args.resume / "rows.json").read_text())
+            self.rows = json.loads(gzip.decompress((args.resume / "rows.json.gz").read_bytes()))
+            if args.again:
+                self.maps, self.results, self.rows = (
+                    [e for e in part if not e["rule"].startswith("ours")]
+                    for part in (self.maps, self.results, self.rows)
+                )
             for name in {e["profile"] for e in self.maps if e["profile"]}:
                 (args.out / name).write_bytes((args.resume / name).read_bytes())
 
@@ -323,6 +335,7 @@ class Comparison:
             for mode in dict.fromkeys(e["mode"] for e in wanted):
                 self.evaluate([e for e in wanted if e["mode"] == mode], mode)
         finish_profiles(self.args, self.environment, self.results)
+        paired.write(self.rows, self.args.out / "paired.csv")
         try:
             plot(self.args.out / "results.json", self.args.out / "rules.png")
         except ImportError as error:  # the figures are complete without the picture
@@ -350,14 +363,18 @@ class Comparison:
         return (2, 2, 5)[group] if full else (3, 4, 5)[group]
 
     def need_maps(self, window: int) -> None:
-        if any(e["window"] == window for e in self.maps) or self.log.seconds > self.args.max_seconds:
+        known = {e["rule"] for e in self.maps if e["window"] == window}
+        if "ours" in known or self.log.seconds > self.args.max_seconds:
             return
         if self.calibration is None:
             self.calibration = calibrate(self.model, self.tokenizer, self.layout, self.args, self.log)
-            self.environment = self.calibration.environment
-        self.maps += choose_maps(self.model, self.layout, self.calibration, window, self.args, self.log)
+            earlier = self.environment.get("command")
+            self.environment = self.calibration.environment | ({"other rules": earlier} if earlier else {})
+        choose = choose_ours if known else choose_maps  # the other rules' maps may be an earlier run's
+        self.maps += choose(self.model, self.layout, self.calibration, window, self.args, self.log)
         if window == self.args.windows[0]:
-            self.maps += [given(path, window, mode) for path in self.args.profile for mode in self.args.modes]
+            paths = [path for path in self.args.profile if f"profile {path.stem}" not in known]
+            self.maps += [given(path, window, mode) for path in paths for mode in self.args.modes]
         document = {"environment": self.environment, "maps": self.maps}
         (self.args.out / "maps.json").write_text(json.dumps(document) + "\n")
 
@@ -439,7 +456,7 @@ def write(out: Path, environment: dict[str, Any], results: list[dict[str, Any]],
     """JSON, CSV and per-prompt rows; called after every map."""
     document = {"environment": environment, "rules": rules.RULES, "results": results}
     (out / "results.json").write_text(json.dumps(document, indent=1) + "\n")
-    (out / "rows.json").write_text(json.dumps(rows) + "\n")
+    (out / "rows.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode(), 6, mtime=0))
     with open(out / "results.csv", "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         names = [

@@ -13,6 +13,7 @@ from redknot_hf.heads.profiler import api, profile_heads
 from redknot_hf.heads.profiler.collect import Workload, build_prompts
 from redknot_hf.heads.profiler.context import prefill, run_suffix
 from redknot_hf.heads.profiler.intercept import decoder_layout, intercept
+from redknot_hf.heads.profiler.tasks import NEEDLE_KINDS
 from redknot_hf.heads.profiler.visibility import HeadMap, visible_attention, windowed_handler
 
 FAST = {"context": 768, "gate_steps": 12, "samples": 2, "windows": (16, 32, 64), "mean_window": 32, "progress": False}
@@ -69,7 +70,7 @@ def test_equal_seeds_give_equal_profiles_and_other_seeds_other_figures(planted_m
     assert other.metadata["scores"] != profile.metadata["scores"]
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 4, 5, 6])  # three scored prompts, two of the gates, one of the search
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])  # two scored batches, two of the gates, one of the search
 def test_interrupted_and_resumed_equals_uninterrupted(
     planted_model, byte_tokenizer, profile, tmp_path, monkeypatch, stop_after
 ):
@@ -202,7 +203,7 @@ def test_the_work_of_a_gpu_batches_and_prompts_of_the_search(planted_model, byte
     load = Workload(
         needles=4, texts=2, held_needles=4, held_texts=2, rows=64, text_sketches=4, needle_sketches=2, gate_steps=12,
         batch=2, search_needles=6, search_texts=2, search_rows=48, rounds=3, lengths=(1, 2, 4), singles=4, search_sketches=2,
-        deployed=True,
+        deployed=True, together=1, finalists=3, deployed_rounds=1, kinds=NEEDLE_KINDS,
     )  # fmt: skip
     monkeypatch.setattr("redknot_hf.heads.profiler.api.workload", lambda *_: load)
     seen = []
@@ -218,8 +219,10 @@ def test_the_work_of_a_gpu_batches_and_prompts_of_the_search(planted_model, byte
     selection = profile.metadata["selection"]
     costs = [one["cost"] for one in selection["search"]]
     assert costs == sorted(costs, reverse=True) and costs[0] == min(selection["measured"].values())
-    assert ("deployed" in selection) == (prefill_mode == "windowed")
+    assert ("deployed" in selection) == ("deployed_search" in selection) == (prefill_mode == "windowed")
     if prefill_mode == "windowed":
-        assert selection["deployed"][selection["chosen"]] == min(selection["deployed"].values())
+        paid = selection["deployed"]
+        assert paid[selection["chosen"]] == min(paid.values()) == selection["deployed_search"][0]["cost"]
+        assert 2 <= len(paid) <= 3
     assert sum(name == "global" for row in profile.head_class for name in row) == 2
     assert profile.metadata["validation"]["needle"]["n"] == 4

@@ -33,6 +33,25 @@ def prompts(planted_model, byte_tokenizer):
         yield [full_reference(planted_model, collate(group)) for group in (needles, texts)]
 
 
+def test_the_search_goes_on_in_the_mode_of_the_deployment(planted_model, prompts):
+    layout = decoder_layout(planted_model)
+    arguments = dict(
+        windows=WINDOWS, sink=SINK, objective=Objective(), sketches=1, seed=0, rounds=1, lengths=(1, 2), singles=4,
+        deployed_rounds=1,
+    )  # fmt: skip
+    assert search_on(planted_model, layout, prompts, mode="full", **arguments).then is None
+    search = search_on(planted_model, layout, prompts, mode="windowed", **arguments)
+    start = torch.tensor([1, 1, 1, 3, 1, 1])  # the planted head is local
+    deployed = search.deployed([start])
+    maps = [option_map(start, SHAPE, CELLS, WINDOWS, SINK)]
+    terms = map_costs(planted_model, prompts, maps, "windowed")
+    assert deployed == pytest.approx(Objective().total(terms).tolist())
+    best, history = refine(start, 32 * 5, search.then)
+    assert history[0]["cost"] == pytest.approx(deployed[0])
+    assert history[-1]["cost"] < history[0]["cost"]
+    assert history[-1]["cost"] == pytest.approx(search.deployed([best])[0])
+
+
 @pytest.mark.parametrize(("mode", "masked"), [("full", False), ("full", True), ("windowed", False)])
 def test_many_maps_at_once_equal_one_at_a_time(planted_model, prompts, mode, masked, monkeypatch):
     monkeypatch.setattr(many_maps, "_one_call", lambda call: masked)  # what a GPU does
@@ -54,7 +73,7 @@ def test_many_maps_at_once_equal_one_at_a_time(planted_model, prompts, mode, mas
     assert together[3, :2].abs().max() < 1e-6
 
 
-def test_soft_miss_is_the_smallest_margin_and_becomes_the_share_of_misses(planted_model, prompts):
+def test_soft_miss_is_the_smallest_margin_beyond_the_full_cache(planted_model, prompts):
     batch, reference = prompts[0].batch, prompts[0].log_probs
     owner = batch.target.nonzero()[:, 0].tolist()
     truth = batch.next_ids[batch.target].tolist()
@@ -64,8 +83,12 @@ def test_soft_miss_is_the_smallest_margin_and_becomes_the_share_of_misses(plante
         margins[who] = min(margins[who], float(row[token] - others.max()))
     kl, miss = prompt_terms(reference, reference, batch, temperature=0.5)
     assert kl.abs().max() < 1e-6
+    assert miss.abs().max() == 0  # what the full cache misses costs nothing
+    sure = torch.full_like(reference, -30.0).scatter(1, torch.tensor(truth)[:, None], 0.0).log_softmax(-1)
+    assert prompt_terms(sure, reference, batch)[1].abs().max() == 0  # nor does it help to answer better
+    _, miss = prompt_terms(reference, sure, batch, temperature=0.5)
     assert miss.tolist() == pytest.approx([1 / (1 + math.exp(margin / 0.5)) for margin in margins], abs=1e-5)
-    _, hard = prompt_terms(reference, reference, batch, temperature=1e-4)
+    _, hard = prompt_terms(reference, sure, batch, temperature=1e-4)
     full = measure(planted_model, prompts[0], option_map(torch.full((6,), 3), SHAPE, CELLS, WINDOWS, SINK), "full")
     assert hard.round().tolist() == [float(not row.full_hit) for row in full]
 

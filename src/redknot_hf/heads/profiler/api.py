@@ -67,12 +67,14 @@ def profile_heads(
         windows: sizes a local head may get, tokens, increasing.
         mean_window: average window of local heads, tokens: fixes the bytes, whatever windows are chosen.
         prefill: the mode of the cache that will be used: "windowed" applies windows during prefill, "full" evicts after
-            it. The last choice between a few maps and the validation are made in this mode; scores and search are not.
+            it. Validated in this mode. On a GPU the last few maps are also compared in it, and up to 1B parameters the
+            search ends in it; scores and all else are of eviction after the prefill.
         context: tokens per calibration context.
         seed: of prompts, prose and sketches; equal seeds give equal profiles on one machine.
-        gate_steps: of Adam; None for what the device does in time (32 on a CPU; 120 on a GPU, 24 there from 1B on).
+        gate_steps: of Adam; None for what the device does in time (24 on a CPU; 80 on a GPU, 16 there from 1B on).
         gate_weight: of the KL against the mean gate; more keeps more heads.
-        samples: retrieval prompts; None for what the device does in minutes (5 on a CPU, 40 on a GPU).
+        samples: retrieval prompts; None for what the device does in minutes (9 on a CPU, where three share a context; 40 on
+            a GPU, 24 there from 1B on).
         validate: False skips the validation (not with `tolerance`).
         progress: show a progress bar.
         checkpoint: file to continue from and to save to; deleted when the profile is done.
@@ -100,10 +102,9 @@ def profile_heads(
     device = next(model.parameters()).device
     load = workload(device, context, samples, sum(parameter.numel() for parameter in model.parameters()))
     gate_steps = load.gate_steps if gate_steps is None else gate_steps
-    needles, plain = build_prompts(tokenizer, texts, "profile", load.needles, load.texts, context, load.rows, seed)
-    held = build_prompts(
-        tokenizer, texts, "validation", load.held_needles, load.held_texts, context, load.rows, seed
-    )  # fmt: skip
+    build_part = partial(build_prompts, tokenizer, texts, context=context, seed=seed, kinds=load.kinds)
+    needles, plain = build_part("profile", load.needles, load.texts, rows=load.rows, together=load.together)
+    held = build_part("validation", load.held_needles, load.held_texts, rows=load.rows, together=load.together)
     gate_window = min(windows, key=lambda w: abs(w - mean_window))
     steps = 0 if method == "error" else gate_steps
     arguments = {
@@ -126,15 +127,13 @@ def profile_heads(
         prompts = measured.prompts
         if load.search_needles and method != "gates":
             measured.prompts.clear()  # their KV makes room for the search's
-            fresh = build_prompts(
-                tokenizer, texts, "selection", load.search_needles, load.search_texts, context, load.search_rows, seed
-            )  # fmt: skip
+            fresh = build_part("selection", load.search_needles, load.search_texts, rows=load.search_rows)
             groups = [*batches(fresh[0], load.batch), *batches(fresh[1], load.batch)]
             prompts = [full_reference(model, collate(group, device)) for group in groups]
         search = search_on(
             model, layout, prompts, windows=windows, sink=sink, objective=Objective(), sketches=load.search_sketches,
             seed=seed, mode=prefill if load.deployed else "full", rounds=load.rounds, lengths=load.lengths, singles=load.singles,
-            step=lambda: bar.update(1),
+            finalists=load.finalists, deployed_rounds=load.deployed_rounds, step=lambda: bar.update(1),
         )  # fmt: skip
         search = replace(search, load=partial(_load_search, state), save=partial(_save_search, state))
         bar.set_description("full cache on held-out prompts")

@@ -24,10 +24,6 @@ gates and predicted KL, the best of them by measured cost. `gates`: gates alone,
 no gate optimisation, the best by measured cost."""
 
 
-_FINALISTS = 1
-"""Candidates that are measured in the mode of the deployment beside the result of the search (a prefill per prompt)."""
-
-
 _SINKS = (16,)
 """Other numbers of sinks that are measured for the final map: the first tokens of a context are worth more than the oldest
 of a window on some models, and cost the same."""
@@ -89,17 +85,24 @@ def select_profile(
         costs = list(search.cost(options))
         ranked = sorted(range(len(names)), key=lambda i: costs[i])
         note["measured"] = dict(zip(names, costs, strict=True))
-        finalists = {names[i]: options[i] for i in ranked[:_FINALISTS]}
+        best = names[ranked[0]]
+        chosen = found[best]
+        limit = mean_window * (len(cells) - count)
+        finalists = {best: chosen}
         if method == "joint":
-            refined, history = refine(options[ranked[0]], mean_window * (len(cells) - count), search, f"{count} global")
-            finalists = {"joint search": refined, **finalists}
-            note.update(started_from=names[ranked[0]], search=history)
-        best = next(iter(finalists))
+            trail: list[Tensor] = []
+            refined, history = refine(chosen, limit, search, f"{count} global", trail)
+            note.update(started_from=best, search=history)
+            best, chosen = "joint search", refined
+            last = trail[:-1][::-1][: max(0, search.finalists - 2)]  # fewer rounds fit the mode of the search less
+            finalists = {best: refined, **finalists, **{f"joint search, {i + 1} back": m for i, m in enumerate(last)}}
         if search.deployed is not None and len(finalists) > 1:
             paid = list(search.deployed(list(finalists.values())))
             note["deployed"] = dict(zip(finalists, paid, strict=True))
             best = min(finalists, key=note["deployed"].__getitem__)
-        chosen = finalists[best]
+            chosen = finalists[best]
+        if method == "joint" and search.then is not None:
+            chosen, note["deployed_search"] = refine(chosen, limit, search.then)
         if method == "joint" and search.more_sinks is not None:
             numbers = [sink, *(s for s in _SINKS if sink < s < windows[0])]
             paid = list(search.more_sinks(chosen, numbers))

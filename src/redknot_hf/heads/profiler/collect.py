@@ -17,7 +17,7 @@ from .curvature import score_batch
 from .gates import optimise_gates
 from .intercept import DecoderLayout
 from .scores import HeadScores
-from .tasks import Sample, collate, make_needles, make_texts
+from .tasks import NEEDLE_KINDS, Sample, collate, make_needles, make_texts
 from .texts import TokenStream, python_topics
 from .validation import Prompts, full_reference
 
@@ -33,21 +33,25 @@ class Workload:
     Attributes:
         needles, texts: prompts of the scored pass and of the gates.
         held_needles, held_texts: prompts of the validation.
+        together: retrieval prompts that share a context.
         rows: tokens of a text's suffix.
         text_sketches, needle_sketches: random backward passes per batch of the scored pass.
         gate_steps: of Adam.
-        batch: prompts per forward pass.
+        batch: contexts per forward pass.
         search_needles, search_texts: prompts on which maps are compared; 0 takes those of the scored pass, which need no
             new prefill.
         search_rows: tokens of a text's suffix on which maps are compared.
         rounds, lengths, singles, search_sketches: of the search (`refine.Search`, `local_model.linearise`).
         deployed: measure the last few maps in the mode of the deployment, which may need a prefill for each.
+        finalists, deployed_rounds: of the search, then (`refine.search_on`).
+        kinds: of the retrieval prompts.
     """
 
     needles: int
     texts: int
     held_needles: int
     held_texts: int
+    together: int
     rows: int
     text_sketches: int
     needle_sketches: int
@@ -61,6 +65,9 @@ class Workload:
     singles: int
     search_sketches: int
     deployed: bool
+    finalists: int
+    deployed_rounds: int
+    kinds: tuple[str, ...]
 
 
 _LARGE = 10**9
@@ -77,23 +84,25 @@ def workload(device: torch.device, context: int, samples: int | None, parameters
         parameters: of the model.
     """
     if device.type == "cpu":
-        n = 5 if samples is None else samples
+        n = 9 if samples is None else samples
         return Workload(
-            needles=n, texts=max(1, n * 3 // 5), held_needles=max(1, n * 4 // 5), held_texts=max(1, n * 2 // 5),
-            rows=64, text_sketches=8, needle_sketches=4, gate_steps=32, batch=1,
+            needles=n, texts=max(1, n // 3), held_needles=n, held_texts=max(1, n // 4), together=3, rows=64,
+            text_sketches=8, needle_sketches=4, gate_steps=24, batch=1,
             search_needles=0, search_texts=0, search_rows=64, rounds=2, lengths=(2, 6, 16), singles=2, search_sketches=1,
-            deployed=False,
+            deployed=False, finalists=1, deployed_rounds=0, kinds=NEEDLE_KINDS[:3],
         )  # fmt: skip
     large = parameters >= _LARGE
     n = (24 if large else 40) if samples is None else samples
     half = max(1, n * 3 // 5)
     return Workload(
-        needles=n, texts=half, held_needles=n, held_texts=half, rows=64 if large else 128,
+        needles=n, texts=half, held_needles=n, held_texts=half, together=1,
+        rows=64 if large else 128,
         text_sketches=8 if large else 16, needle_sketches=4 if large else 8, gate_steps=16 if large else 80,
         batch=max(1, min(24, 49_152 // context)),
-        search_needles=0 if large else 2 * n, search_texts=0 if large else 2 * half, search_rows=64 if large else 128,
+        search_needles=0 if large else 2 * n, search_texts=0 if large else 3 * half, search_rows=64 if large else 128,
         rounds=2 if large else 4, lengths=(1, 2, 4, 8, 16) if large else (1, 2, 3, 4, 6, 8, 12, 16, 24),
-        singles=6 if large else 12, search_sketches=2 if large else 4, deployed=True,
+        singles=6 if large else 8, search_sketches=2, deployed=True, finalists=2 if large else 4,
+        deployed_rounds=0 if large else 2, kinds=NEEDLE_KINDS,
     )  # fmt: skip
 
 
@@ -138,7 +147,16 @@ def frozen(model: Any) -> Iterator[None]:
 
 
 def build_prompts(
-    tokenizer: Any, texts: Sequence[str] | None, part: str, needles: int, plain: int, context: int, rows: int, seed: int
+    tokenizer: Any,
+    texts: Sequence[str] | None,
+    part: str,
+    needles: int,
+    plain: int,
+    context: int,
+    rows: int,
+    seed: int,
+    together: int = 1,
+    kinds: Sequence[str] = NEEDLE_KINDS,
 ) -> tuple[list[Sample], list[Sample]]:
     """Retrieval prompts and texts of one part of the data.
 
@@ -150,6 +168,8 @@ def build_prompts(
         context: tokens per context.
         rows: tokens of a text's suffix.
         seed: of everything.
+        together: retrieval prompts that share a context.
+        kinds: of the retrieval prompts.
     """
     if texts is not None:
         size = 4000
@@ -157,7 +177,7 @@ def build_prompts(
         random.Random(f"pieces-{seed}").shuffle(pieces)
         texts = pieces[part == "validation" :: 2] or pieces
     stream = TokenStream(tokenizer, texts, f"{part}-{seed}", python_topics()[part == "validation" :: 2])
-    samples = make_needles(tokenizer, stream, needles, context, f"{part}-{seed}")
+    samples = make_needles(tokenizer, stream, needles, context, f"{part}-{seed}", kinds, together)
     return samples, make_texts(tokenizer, stream, plain, context, rows)
 
 
@@ -173,8 +193,17 @@ def fingerprint(model: Any, samples: Sequence[Sample], arguments: dict[str, Any]
 
 
 def batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
-    """Consecutive groups of at most `size`."""
-    return [list(samples[i : i + size]) for i in range(0, len(samples), size)]
+    """Consecutive groups of at most `size` contexts; samples that share one stay together."""
+    groups: list[list[Sample]] = []
+    contexts = size
+    for sample in samples:
+        if not groups or sample.context is not groups[-1][-1].context:
+            contexts += 1
+        if contexts > size:
+            groups.append([])
+            contexts = 1
+        groups[-1].append(sample)
+    return groups
 
 
 def measure_heads(

@@ -55,6 +55,11 @@ class ContextCache(Cache):
             if isinstance(layer, _ContextLayer):
                 layer.recording = False
 
+    def repeat(self, count: int) -> None:
+        """Serve `count` runs with the one context that was recorded, nothing copied; only if `repeatable`."""
+        for layer in self.layers:
+            layer.keys, layer.values = (t.expand(count, -1, -1, -1) for t in (layer.keys, layer.values))
+
     @property
     def repeatable(self) -> bool:
         """Whether runs may be larger than the contexts' batch: only where every layer keeps tokens."""
@@ -91,13 +96,18 @@ def prefill(model: Any, context: Tensor, handler: Handler) -> ContextCache:
 
     Args:
         model: the decoder.
-        context: int64 `[batch, tokens]`, no padding.
+        context: int64 `[batch, tokens]`, no padding. Equal rows are computed once.
         handler: attention of the prefill; `visible_attention` for full attention.
     """
     cache = ContextCache(model.config)
+    count = len(context)
+    if count > 1 and cache.repeatable and bool((context == context[:1]).all()):
+        context = context[:1]
     with intercept(model, handler):
         model(input_ids=context, past_key_values=cache, use_cache=True, **_keep_one_logit(model))
     cache.freeze()
+    if len(context) < count:
+        cache.repeat(count)
     return cache
 
 

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .context import prefill
 from .intercept import DecoderLayout
 from .local_model import LocalModel, linearise, option_map
 from .many_maps import map_costs
 from .moves import single_moves, walk
 from .objective import Objective
 from .validation import Prompts
+from .visibility import windowed_handler
 
 __all__ = ["Search", "refine", "search_on"]
 
@@ -57,6 +59,8 @@ class Search:
         expand: predictions around a choice; the second argument is the round.
         cost: measures choices with eviction after the prefill.
         deployed: measures choices in the mode of the deployment; None if that is what `cost` does.
+        finalists: maps that are measured there: the start and the best of the last rounds.
+        then: a search in the mode of the deployment that goes on from the best of them; None where that takes too long.
         more_sinks: measures a choice with the given numbers of sinks, every window paying for them; None to keep them.
         rounds: at most.
         lengths: of the walk that are measured: the prediction is good near the start and cheap to overrun.
@@ -70,6 +74,8 @@ class Search:
     expand: Callable[[Tensor, int], LocalModel]
     cost: Callable[[Sequence[Tensor]], Sequence[float]]
     deployed: Callable[[Sequence[Tensor]], Sequence[float]] | None = None
+    finalists: int = 2
+    then: Search | None = None
     rounds: int = 8
     lengths: Sequence[int] = (1, 2, 3, 4, 6, 8, 12, 16, 24)
     singles: int = 24
@@ -94,6 +100,8 @@ def search_on(
     rounds: int,
     lengths: Sequence[int],
     singles: int,
+    finalists: int = 2,
+    deployed_rounds: int = 0,
     step: Callable[[], Any] = lambda: None,
 ) -> Search:
     """A search that runs a model.
@@ -107,7 +115,9 @@ def search_on(
         sketches: random backward passes per batch and round.
         seed: of the sketches.
         mode: "full" or "windowed", of the deployment.
-        rounds, lengths, singles, step: as in `Search`.
+        rounds, lengths, singles, finalists, step: as in `Search`.
+        deployed_rounds: of the search that goes on in `mode`, if that is not "full": every map then takes a prefill of
+            every prompt, so it sees some of them.
     """
     shape = (layout.num_layers, layout.num_kv_heads)
     cells = [(l, h) for l in layout.layers for h in range(layout.num_kv_heads)]
@@ -116,27 +126,49 @@ def search_on(
     halves = [[p for kind in kinds for p in kind[part::2]] for part in (0, 1)]
     split = all(len(kind) > 1 for kind in kinds) and min(sum(len(p.batch) for p in half) for half in halves) >= _HALF
 
-    def expand(choice: Tensor, number: int) -> LocalModel:
-        # Backward passes cost more than forward ones: where there are many prompts, rounds take half of them in turn.
-        some = halves[number % 2] if split else prompts
+    used = [*kinds[0][::2], *kinds[1][::3]] if split and mode != "full" else prompts
+
+    def local(some: Sequence[Prompts], choice: Tensor, number: int) -> LocalModel:
         return linearise(
             model, some, choice, shape, cells, objective=objective, windows=windows, sink=sink, sketches=sketches,
             seed=seed * 1009 + number,
         )  # fmt: skip
 
-    def cost(choices: Sequence[Tensor], used: str = "full") -> list[float]:
+    def expand(choice: Tensor, number: int) -> LocalModel:
+        # Backward passes cost more than forward ones: where there are many prompts, rounds take half of them in turn.
+        return local(halves[number % 2] if split else prompts, choice, number)
+
+    def expand_deployed(choice: Tensor, number: int) -> LocalModel:
+        # The contexts as the map itself would leave them; what a move does to them is not predicted, only measured.
+        handler = windowed_handler(option_map(choice, shape, cells, windows, sink))
+        some = [Prompts(p.batch, prefill(model, p.batch.context, handler), p.log_probs) for p in used]
+        return local(some, choice, number)
+
+    def cost(choices: Sequence[Tensor]) -> list[float]:
         maps = [option_map(choice, shape, cells, windows, sink) for choice in choices]
-        return objective.total(map_costs(model, prompts, maps, used)).tolist()
+        return objective.total(map_costs(model, prompts, maps)).tolist()
+
+    def deployed(choices: Sequence[Tensor]) -> list[float]:
+        maps = [option_map(choice, shape, cells, windows, sink) for choice in choices]
+        return objective.total(map_costs(model, used, maps, mode)).tolist()
+
+    going_on = mode != "full" and deployed_rounds > 0
 
     def more_sinks(choice: Tensor, sinks: Sequence[int]) -> list[float]:
         maps = [option_map(choice, shape, cells, [w - s + sink for w in windows], s) for s in sinks]
-        return objective.total(map_costs(model, prompts, maps)).tolist()
+        found = map_costs(model, used, maps, mode) if going_on else map_costs(model, prompts, maps)
+        return objective.total(found).tolist()
 
-    deployed = None if mode == "full" else lambda choices: cost(choices, mode)
-    return Search(windows, expand, cost, deployed, rounds, lengths, singles, 2 if split else 1, step, more_sinks)
+    then = Search(
+        windows, expand_deployed, deployed, rounds=deployed_rounds, lengths=(1, 2, 4, 8), singles=6
+    )  # fmt: skip
+    return Search(
+        windows, expand, cost, None if mode == "full" else deployed, finalists, then if going_on else None, rounds,
+        lengths, singles, 2 if split else 1, step, more_sinks,
+    )  # fmt: skip
 
 
-def refine(choice: Tensor, limit: int, search: Search, key: str = "search") -> State:
+def refine(choice: Tensor, limit: int, search: Search, key: str = "search", trail: list[Tensor] | None = None) -> State:
     """Improve a map until no measured move helps or the rounds are spent.
 
     Args:
@@ -144,6 +176,7 @@ def refine(choice: Tensor, limit: int, search: Search, key: str = "search") -> S
         limit: window tokens in all; kept.
         search: callbacks and limits.
         key: under which the search is saved after every round and continued.
+        trail: gets the best choice of every round that brought one.
 
     Returns:
         the best choice, and per round what was measured: `{"round", "measured", "cost"}`.
@@ -176,6 +209,8 @@ def refine(choice: Tensor, limit: int, search: Search, key: str = "search") -> S
             i = min(range(len(trials)), key=lambda i: costs[i])
             if costs[i] < start:
                 best, lowest = trials[i], float(costs[i])
+                if trail is not None:
+                    trail.append(best)
         history.append({"round": number, "measured": measured, "cost": lowest})
         search.save(key, (best, history))
         search.step()

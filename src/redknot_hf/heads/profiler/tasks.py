@@ -173,6 +173,7 @@ def make_needles(
     context: int,
     seed: int | str,
     kinds: Sequence[str] = NEEDLE_KINDS,
+    together: int = 1,
 ) -> list[Sample]:
     """Retrieval prompts, kinds in turn, needles at spread depths.
 
@@ -183,34 +184,43 @@ def make_needles(
         context: tokens of every context, at least 128.
         seed: fixes every draw.
         kinds: of `NEEDLE_KINDS`.
+        together: prompts that share one context, which holds all their needles: questions are cheap, contexts are not.
+            At most as many as there are kinds, so that no two questions of a context are alike.
     """
     frame = _Frame(tokenizer)
-    samples = []
-    for i in range(count):
-        kind = kinds[i % len(kinds)]
-        rng = random.Random(f"needle-{seed}-{i}")
-        needles, others, question, prefix, answer = _needle(kind, rng)
-        begin = frame.ids(frame.before, start=True)
-        # Depth 2 % to 85 %: the needle must lie outside the sinks and (mostly) outside the windows.
-        depth = 0.02 + 0.83 * ((i * 0.618 + rng.random() * 0.1) % 1.0)
-        # Only the last needle holds what the final answer tokens are copied from; its span is the sample's.
-        inserts = [(depth if text == needles[0] else 0.02 + 0.83 * rng.random(), text) for text in needles + others]
-        encoded = sorted((at, text == needles[-1], frame.ids(f"\n\n{text}\n\n")) for at, text in inserts)
+    begin = frame.ids(frame.before, start=True)
+    samples: list[Sample] = []
+    while len(samples) < count:
+        group = range(len(samples), min(len(samples) + together, count))
+        questions = []
+        encoded: list[tuple[float, int, list[int]]] = []
+        for i in group:
+            rng = random.Random(f"needle-{seed}-{i}")
+            needles, others, question, prefix, answer = _needle(kinds[i % len(kinds)], rng)
+            questions.append((question, prefix, answer))
+            # Depth 2 % to 85 %: the needle must lie outside the sinks and (mostly) outside the windows.
+            depth = 0.02 + 0.83 * ((i * 0.618 + rng.random() * 0.1) % 1.0)
+            for text in needles + others:
+                at = depth if text == needles[0] else 0.02 + 0.83 * rng.random()
+                # Only the last needle holds what the final answer tokens are copied from; its span is the sample's.
+                encoded.append((at, i if text == needles[-1] else -1, frame.ids(f"\n\n{text}\n\n")))
+        encoded.sort()
         room = context - len(begin) - sum(len(ids) for _, _, ids in encoded)
         if room < 32:
-            raise RedKnotError(f"context is {context} tokens; a {kind} prompt needs at least {context - room + 32}")
+            what = " and ".join(kinds[i % len(kinds)] for i in group)
+            raise RedKnotError(f"context is {context} tokens; a {what} prompt needs at least {context - room + 32}")
         hay = stream.take(room)
-        ids, used, span = list(begin), 0, (0, 0)
-        for at, mine, piece in encoded:
+        ids, used, span = list(begin), 0, {}
+        for at, owner, piece in encoded:
             upto = int(at * room)
             ids += hay[used:upto]
             used = upto
-            if mine:
-                span = (len(ids), len(ids) + len(piece))
+            span[owner] = (len(ids), len(ids) + len(piece))
             ids += piece
         ids += hay[used:]
-        head = frame.ids(f"{frame.between}{question}{frame.after}{prefix}")
-        samples.append(Sample(kind, ids, head + frame.ids(answer), len(head), span))
+        for i, (question, prefix, answer) in zip(group, questions, strict=True):
+            head = frame.ids(f"{frame.between}{question}{frame.after}{prefix}")
+            samples.append(Sample(kinds[i % len(kinds)], ids, head + frame.ids(answer), len(head), span[i]))
     return samples
 
 

@@ -8,6 +8,7 @@ see. This is the profiler's stand-in for the deployed kernels: same rule, no pag
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -93,23 +94,31 @@ def visible_attention(
 
     order: list[int] = []
     outputs = []
+    device = call.query.device
     for (s, w), members in groups.items():
         rows = [head * call.groups + g for head in members for g in range(call.groups)]
+        pick, pick_rows = _index(tuple(members), device), _index(tuple(rows), device)
         part = AttentionCall(
             call.layer,
-            call.query[:, rows],
-            call.key[:, members],
-            call.value[:, members],
+            call.query.index_select(1, pick_rows),
+            call.key.index_select(1, pick),
+            call.value.index_select(1, pick),
             call.scaling,
             call.model_window,
             call.softcap,
-            None if call.sink_logits is None else call.sink_logits[rows],
+            None if call.sink_logits is None else call.sink_logits[pick_rows],
         )
         outputs.append(_group_attention(part, s, w))
         order += rows
-    inverse = torch.empty(len(order), dtype=torch.long)
-    inverse[torch.tensor(order)] = torch.arange(len(order))
-    return torch.cat(outputs, dim=1).index_select(1, inverse.to(call.query.device))
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return torch.cat(outputs, dim=1).index_select(1, _index(tuple(inverse), device))
+
+
+@lru_cache(maxsize=1024)
+def _index(entries: tuple[int, ...], device: torch.device) -> Tensor:
+    """Head indices on the device; kept, because every copy to it makes Python wait for all work before."""
+    with torch.inference_mode(False):
+        return torch.tensor(entries, device=device)
 
 
 def _group_attention(call: AttentionCall, sink: int, window: int) -> Tensor:
