@@ -228,7 +228,7 @@ def _norm_of(seen: _Seen, ffn: str, mixers: list[str], shape: torch.Size) -> str
         made = first_of(call.output)
         if name == ffn or name in mixers or call.times != 1 or made is not ffn_call.input or _has_matrix(call.child):
             continue
-        if not _is_by_row(call, shape):
+        if made is None or not _is_by_row(call, shape):
             continue
         index = torch.tensor(SOME_ROWS, device=made.device)
         with _replaced_rows(ffn_call.child, index, shape, compact=False):
