@@ -79,6 +79,24 @@ def test_quantised_sessions_are_counted_and_moved(tiny, tmp_path):
         assert torch.equal(steps(tiny, store.get(str(user)), 5), steps(tiny, twin, 5))
 
 
+def test_cold_tokens_on_the_host_count(tiny, profile, tmp_path):
+    """Sessions with a cold tier fill the host from wherever they are; the longest idle become files, whole."""
+    twins = {}
+    caches = {name: make(tiny, profile, 1, 200, seed=ord(name), cold="cpu") for name in "abcd"}
+    one = caches["a"].memory_report().cold
+    store = SessionStore(tiny, host_bytes=int(2.5 * one), folder=tmp_path)
+    for name, cache in caches.items():
+        twins[name] = make(tiny, profile, 1, 200, seed=ord(name), cold="cpu")
+        store.put(name, cache)
+    report = store.report()
+    assert report.disk == ("a", "b") and report.device == ("c", "d") and report.host_bytes == 2 * one
+    for name, twin in twins.items():
+        with store.use(name) as cache:
+            assert torch.equal(steps(tiny, cache, 5), steps(tiny, twin, 5))
+            cache.set_profile(HeadProfile.uniform(tiny.config, sink=2, window=150))  # what was cold is there
+        assert store.report().host_bytes <= 2.5 * one
+
+
 def test_pinned_and_used_sessions_stay(tiny, profile):
     one = session_bytes(tiny, profile)
     store = SessionStore(tiny.config, device_bytes=2 * one)

@@ -174,6 +174,11 @@ class PagePool:
         """Bytes of both slabs as the allocator holds them."""
         return self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes()
 
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the pages that somebody holds."""
+        return (self.num_pages - 1 - self.num_free) * self.page_bytes
+
     # ------------------------------------------------------------------------------------------------ hand out
     def reserve(self, count: int, spare: int | None = None) -> None:
         """Make sure that ``count`` more pages are free, growing the slabs if they may grow.

@@ -438,6 +438,11 @@ class ColdTier:
             self._pools[key] = (cold, PageBounds(key_dim, dtype, device))
         return self._pools[key]
 
+    @property
+    def host_pools(self) -> list[HostPool]:
+        """The cold pools that lie in host memory."""
+        return [cold for cold, _ in self._pools.values() if isinstance(cold, HostPool)]
+
     def drop_pools(self) -> None:
         """Give the cold slabs back of which no page is in use, here or in a fork."""
         self._pools = {key: held for key, held in self._pools.items() if held[0].num_free < held[0].num_pages - 1}

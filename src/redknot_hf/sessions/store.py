@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheError, PoolExhausted, RedKnotError, shorten
 from ..layer import RedKnotLayer
+from ..paging.cold_pools import HostPool
 from ..paging.frozen import FrozenPages
 from ..paging.pages import LayerPages
 from ..paging.tiers import TieredPages
@@ -50,7 +51,7 @@ class StoreReport:
     Attributes:
         device_bytes: slabs, frozen pages and resident far pages of all sessions on the device, in use or idle; what forks
             share counts once.
-        host_bytes: keys and values in host memory.
+        host_bytes: keys and values in host memory, cold tokens of all sessions included.
         disk_bytes: sizes of the files.
         device, host, disk: keys in each tier, longest idle first; in_use: keys handed out and not yet put back.
         offloads, saves, restores, deletions: moves since the store was made.
@@ -106,6 +107,11 @@ class _Surrendered:
         return self.refuse()
 
 
+def _archives(cache: RedKnotCache) -> list[HostPool]:
+    """The pools of cold tokens that a cache has in host memory."""
+    return [] if cache.tier is None else cache.tier.host_pools
+
+
 class SessionStore:
     """Keeps sessions under string keys within byte budgets.
 
@@ -113,7 +119,8 @@ class SessionStore:
         config: the model, or its config: sessions that come back from files are checked against it, as by
             `RedKnotCache.load`.
         device_bytes: budget of the sessions on the device, those in use included. None: no limit.
-        host_bytes: budget of the sessions in host memory. None: no limit; 0: straight to files.
+        host_bytes: budget of what is in host memory: sessions, and cold tokens (``cold="cpu"``) of sessions wherever they
+            are. None: no limit; 0: straight to files.
         disk_bytes: budget of the files. None: no limit.
         folder: where files go; created if needed. None: no files, and sessions that find no room on the host are
             deleted. A folder may be reopened: its sessions are there again. One store at a time.
@@ -312,16 +319,22 @@ class SessionStore:
         return sum(held.values())
 
     def _on_host(self) -> int:
-        return sum(pages.host_bytes for cache in self._caches() for pages in sleeping_layers(cache))
+        sleeping = sum(pages.host_bytes for cache in self._caches() for pages in sleeping_layers(cache))
+        archives = {id(pool): pool.live_bytes for cache in self._caches() for pool in _archives(cache)}
+        return sleeping + sum(archives.values())
 
     def _on_disk(self) -> int:
         return sum(session.file_bytes for session in self._sessions.values())
 
     # ------------------------------------------------------------------------------------------------------ moves
-    def _idle(self, tier: str) -> _Session | None:
-        """The session of a tier that may move and was idle longest."""
+    def _idle(self, tier: str, or_archive_of: str | None = None) -> _Session | None:
+        """The session of a tier that may move and was idle longest; those of another tier, too, that have cold tokens on
+        the host."""
         for session in self._sessions.values():
-            if not session.in_use and not session.pinned and session.tier == tier:
+            if session.in_use or session.pinned:
+                continue
+            where = session.tier
+            if where == tier or (where == or_archive_of and session.cache is not None and _archives(session.cache)):
                 return session
         return None
 
@@ -332,7 +345,7 @@ class SessionStore:
                 break  # what is left is in use or pinned
             self._off_device(session)
         while self.host_bytes is not None and self._on_host() > self.host_bytes:
-            session = self._idle("host")
+            session = self._idle("host", "device")
             if session is None:
                 break
             self._off_host(session)
