@@ -64,7 +64,8 @@ def write_prompts(args: argparse.Namespace) -> None:
     pieces = [] if args.calibration is None else _pieces("".join(read_texts(args.calibration)))
     shipped = HeadProfile.load(args.profile)
     whole = shipped.num_layers * shipped.num_kv_heads - shipped.count("local")
-    map_ = {"scores": shipped.metadata["scores"]["gate"], "whole": whole}
+    scores = shipped.metadata["scores"]
+    map_ = {"scores": scores.get("gate") or next(iter(scores.values())), "whole": whole}
     args.write_prompts.write_text(json.dumps({"gates": map_, "prompts": prompts, "calibration": pieces}))
     print(f"{len(prompts)} prompts in {args.write_prompts}")
 
