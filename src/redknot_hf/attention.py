@@ -110,7 +110,7 @@ def _refuse_foreign(
             f"{type(module).__name__} changes the values between the cache and the attention call, so a RedKnotCache "
             "cannot serve it; use DynamicCache"
         )
-    for word in _FOREIGN.intersection(kwargs):
+    for word in () if _FOREIGN.isdisjoint(kwargs) else _FOREIGN.intersection(kwargs):
         if kwargs[word] is not None:
             raise UnsupportedModel(
                 f"{type(module).__name__} passes {word} to attention, which a RedKnotCache does not serve; use DynamicCache"

@@ -180,10 +180,9 @@ class RedKnotLayer(DenseViews, CacheLayerMixin):
         """
         step, pages, kernel = handle.step, self.pages, self.kernel
         assert pages is not None and kernel is not None and handle.k is not None and handle.v is not None
-        if step.new is None:
-            step.resolve(None, pages.lens)
         lengths = step.lengths.get(self.device)
-        if lengths is None:
+        if lengths is None:  # the first layer of the step
+            step.resolve(None, pages.lens)
             lengths = self.cache.lengths(step, pages.lens, self.device)
         q = query.detach() if query.requires_grad else query
         out = kernel.step_one(handle.k, handle.v, q, scale, softcap, s_aux, self.extra_window, lengths)
@@ -348,7 +347,7 @@ class RedKnotLayer(DenseViews, CacheLayerMixin):
         length = self.seen + query_length
         if compat.is_compiling():
             return length, 0
-        decoding = self.pages is not None and bool(self.pages.lens.all())
+        decoding = self.pages is not None and self.pages.started
         seen = self.seen
         return CacheLength.of(length, decoding, lambda: self.cache.real_columns(self.batch_size, seen)), 0
 

@@ -98,6 +98,11 @@ class LayerPages:
             self._lens = self._lens + ahead
             self._oldest = np.maximum(self._oldest, self._lens[:, None] - self.ring)
 
+    @property
+    def started(self) -> bool:
+        """Whether every row holds a token."""
+        return self._ahead > 0 or bool(self._lens.all())
+
     def take_one(self) -> bool:
         """Whether every row has room for one more token without `prepare`; then count it with `count_one`."""
         if self._room < 1:
