@@ -26,7 +26,7 @@ import random
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,40 +227,39 @@ def calibrate(model: Any, tokenizer: Any, layout: Any, args: argparse.Namespace,
 def choose_ours(
     model: Any, layout: Any, calibration: Calibration, window: int, args: argparse.Namespace, log: Log,
     rule: str = "ours", objective: Objective | None = None, budgets: Sequence[float] | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Our maps at every budget and mode, saved as profiles too."""
     load = calibration.load
     known: dict[Any, Any] = {}
-    found = []
-    for mode in args.modes:
-        search = remembering(known, search_on(
-            model, layout, calibration.prompts, windows=WINDOWS, sink=rules.SINK, objective=objective or Objective(),
-            sketches=load.search_sketches, seed=0, mode=mode, rounds=load.rounds, lengths=load.lengths,
-            singles=load.singles, finalists=load.finalists, deployed_rounds=load.deployed_rounds,
-        ))  # fmt: skip
-        for budget in budgets or args.budgets:
+    for budget in budgets or args.budgets:
+        for mode in args.modes:
+            if log.seconds > args.max_seconds:
+                return
+            search = remembering(known, search_on(
+                model, layout, calibration.prompts, windows=WINDOWS, sink=rules.SINK,
+                objective=objective or Objective(), sketches=load.search_sketches, seed=0, mode=mode,
+                rounds=load.rounds, lengths=load.lengths, singles=load.singles, finalists=load.finalists,
+                deployed_rounds=load.deployed_rounds,
+            ))  # fmt: skip
             profile = select_profile(
                 model.config, layout, calibration.measured, budget=budget, mean_window=window, search=search
             )
             log(f"{rule} at {budget:.0%}, {window}, {mode}:", json.dumps(profile.metadata["selection"]))
             name = f"{rule.replace(', ', '-').replace(' ', '-')}-{mode}-{window}-{round(100 * budget)}.json"
-            profile.metadata.update(
-                seed=0, prefill=mode, device=calibration.environment["device"], dtype=args.dtype
-            )  # fmt: skip
+            device = calibration.environment["device"]
+            profile.metadata.update(seed=0, prefill=mode, device=device, dtype=args.dtype)
             profile.save(args.out / name)
-            found.append(entry(rule, budget, window, mode, HeadMap.from_profile(profile), name))
-    return found
+            yield entry(rule, budget, window, mode, HeadMap.from_profile(profile), name)
 
 
 def choose_maps(
     model: Any, layout: Any, calibration: Calibration, window: int, args: argparse.Namespace, log: Log
 ) -> list[dict[str, Any]]:
-    """Every map to compare whose local heads have `window` tokens on average."""
+    """The other rules' maps whose local heads have `window` tokens."""
     prompts = calibration.prompts
     cells = len(layout.layers) * layout.num_kv_heads
     whole = HeadMap.uniform(layout.num_layers, layout.num_kv_heads, rules.SINK, 2**30)
     found = [entry("all global", 1.0, window, mode, whole) for mode in args.modes if window == args.windows[0]]
-    found += choose_ours(model, layout, calibration, window, args, log)
     ablation = rules.ablate(model, layout, prompts, window)
     log("ablated", len(ablation[0]), "heads on", sum(len(prompt.batch) for prompt in prompts), "prompts")
     for rule, order in ({"all local": []} | rules.orders(calibration.measured, layout, ablation, window)).items():
@@ -348,12 +347,10 @@ class Comparison:
             return
         window, budgets = self.args.windows[0], self.args.budgets[:2]
         for rule, objective in VARIANTS.items():
-            found = choose_ours(
-                self.model, self.layout, self.calibration, window, self.args, self.log, rule, objective, budgets
-            )  # fmt: skip
-            self.maps += found
-            for mode in self.args.modes:
-                self.evaluate([e for e in found if e["mode"] == mode], mode)
+            parts = (self.model, self.layout, self.calibration, window, self.args, self.log)
+            for found in choose_ours(*parts, rule, objective, budgets):
+                self.maps.append(found)
+                self.evaluate([found], found["mode"])
 
     def rank(self, e: dict[str, Any]) -> int:
         first, full = e["window"] == self.args.windows[0], e["mode"] == "full"
@@ -370,11 +367,19 @@ class Comparison:
             self.calibration = calibrate(self.model, self.tokenizer, self.layout, self.args, self.log)
             earlier = self.environment.get("command")
             self.environment = self.calibration.environment | ({"other rules": earlier} if earlier else {})
-        choose = choose_ours if known else choose_maps  # the other rules' maps may be an earlier run's
-        self.maps += choose(self.model, self.layout, self.calibration, window, self.args, self.log)
+        parts = (self.model, self.layout, self.calibration, window, self.args, self.log)
+        if not known:  # they may be an earlier run's
+            self.maps += choose_maps(*parts)
         if window == self.args.windows[0]:
             paths = [path for path in self.args.profile if f"profile {path.stem}" not in known]
             self.maps += [given(path, window, mode) for path in paths for mode in self.args.modes]
+        self.save_maps()
+        for found in choose_ours(*parts):
+            self.maps.append(found)
+            self.save_maps()
+            self.evaluate([found], found["mode"])
+
+    def save_maps(self) -> None:
         document = {"environment": self.environment, "maps": self.maps}
         (self.args.out / "maps.json").write_text(json.dumps(document) + "\n")
 
