@@ -249,7 +249,10 @@ def choose_ours(
             device = calibration.environment["device"]
             profile.metadata.update(seed=0, prefill=mode, device=device, dtype=args.dtype)
             profile.save(args.out / name)
-            yield entry(rule, budget, window, mode, HeadMap.from_profile(profile), name)
+            visible = HeadMap.from_profile(profile)
+            yield entry(rule, budget, window, mode, visible, name)
+            if mode == "windowed" and "full" in args.modes:  # one profile may have to serve both
+                yield entry(f"{rule}, chosen for windowed", budget, window, "full", visible, name)
 
 
 def choose_maps(
