@@ -25,6 +25,8 @@ def test_exponentials_while_values_are_multiplied(
     head_dim: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """In the loop the exponentials stand between the wait for the scores and the wait for the values."""
+    choose = prefill_kernel.choose_config
+    monkeypatch.setattr(prefill_kernel, "choose_config", lambda *args: replace(choose(*args), overlap=True))
     launches = catch(monkeypatch, SM90, lambda: Problem(head_dim=head_dim).prefill(4096, 0))
     launch = next(x for x in launches if x.kernel.__name__ == "_causal_kernel")
     kernel = launch.compile(90)
@@ -81,22 +83,6 @@ def test_causal(batch: int, columns: int, head_dim: int, dtype: torch.dtype, str
         pytest.skip("for compute capability 9.0")
     q, k, v = chunk(columns, batch, columns, head_dim, dtype, strided)
     assert_close(run(q, k, v), dense(q, k, v))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("bad", [0, 5, 127, 128, 300])
-def test_causal_tokens_that_come_later(bad: int) -> None:
-    """A bad token spoils the rows that see it and no other."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("for compute capability 9.0")
-    q, k, v = chunk(bad, 2, 400, 128, BF16, False)
-    want = dense(q, k, v)
-    k[:, :, bad + 1 :], v[:, :, bad, 3] = k[:, :, bad + 1 :], float("nan")
-    got = run(q, k, v)
-    spoilt = torch.zeros_like(got, dtype=torch.bool)
-    spoilt[:, bad:, :, 3] = True
-    assert torch.equal(~torch.isfinite(got), spoilt)
-    assert_close(got.masked_fill(spoilt, 0.0), want.masked_fill(spoilt, 0.0))
 
 
 @pytest.mark.gpu

@@ -43,18 +43,10 @@ def _load(p_k, p_v, i_b, i_h, block, b_k, b_v, bars, step, m):
     _copy(p_v, [i_b, i_h, row, 0], bar, b_v.index((step - 1) % b_k.shape[0]), pred=m)
 
 
-@gluon.jit
-def _nothing(b_x):
-    """0, or nan for what is nan or infinite."""
-    b_x = b_x.to(gl.float32)
-    return b_x - b_x
-
-
 @gluon.jit(do_not_specialize=["num_columns", "num_tiles", "batch"])
 def _causal_kernel(
     p_q, p_k, p_v, p_order, p_out, q_stride_b, q_stride_h, q_stride_t, scale, num_columns, num_tiles, batch,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    GUARD: gl.constexpr,
 ):  # fmt: skip
     LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK, 16])
@@ -109,38 +101,17 @@ def _causal_kernel(
     b_p = gl.exp2(b_s * scale - b_m[:, None])
     b_l = gl.sum(b_p, 1)
     b_w = gl.convert_layout(b_p.to(dtype), WEIGHTS)
-    # Only the block on the diagonal hides anything. A hidden value has weight 0, but 0 times nan is nan: where there are
-    # such values they are taken out, and rows that see them are nan from here on.
-    if GUARD:
-        mbarrier.wait(bars.index(1), 0)
-        b_v0 = b_v.index(0).reshape([BLOCK, D])
-        none = _nothing(b_v0.load(LOADED))
-        none = gl.sum(gl.sum(none, 1), 0)
-        if none != none:
-            _barrier()
-            b_x = b_v0.load(LOADED)
-            b_v0.store(gl.where(_nothing(b_x) == 0.0, 0.0, 1.0).to(dtype))
-            fence_async_shared()
-            _barrier()
-            b_sees = gl.where(o_col[None, :] <= o_row[:, None], 1.0, 0.0).to(dtype)
-            b_bad = warpgroup_mma(gl.convert_layout(b_sees, WEIGHTS), b_v0, b_acc, is_async=True)
-            b_bad = warpgroup_mma_wait(0, deps=[b_bad])
-            b_acc = gl.where(b_bad > 0.0, float("nan"), 0.0)
-            _barrier()
-            b_v0.store(gl.where(_nothing(b_x) == 0.0, b_x, gl.zeros_like(b_x)))
-            fence_async_shared()
-            _barrier()
     for i in range(1, i_m + 1):
         place = i % STAGES
         before = (i - 1) % STAGES
+        # all warps have done with the keys of the step before, and with the values of the one before that
+        _barrier()
+        _load(p_k, p_v, i_b, i_h, i_m - i - 2, b_k, b_v, bars, i + 2, i + 1 <= i_m)
         mbarrier.wait(bars.index(place), i // STAGES & 1)
         b_s = warpgroup_mma(
             b_q, b_k.index(place).reshape([BLOCK, D]).permute([1, 0]), b_zero, use_acc=False, is_async=True
         )
         b_acc = warpgroup_mma(b_w, b_v.index(before).reshape([BLOCK, D]), b_acc, is_async=True)
-        # all warps have done with the keys of the step before, and with the values of the one before that
-        _barrier()
-        _load(p_k, p_v, i_b, i_h, i_m - i - 2, b_k, b_v, bars, i + 2, i + 1 <= i_m)
         b_s = warpgroup_mma_wait(1, deps=[b_s])
         b_top = gl.maximum(b_m, gl.max(b_s, 1) * scale)
         b_p = gl.exp2(b_s * scale - b_top[:, None])
@@ -180,7 +151,6 @@ def causal(
     num_heads: int,
     out: torch.Tensor,
     scale: float,
-    guard: bool = True,
 ) -> None:
     """Fill in the rows of `out` that belong to the first `num_heads` of the KV heads in `order`.
 
@@ -195,5 +165,5 @@ def causal(
     group, tiles = q_heads // kv_heads, -(-columns // BLOCK)
     _causal_kernel[(tiles * group * batch * num_heads,)](
         q, _descriptor(k), _descriptor(v), order, out, *strides(q), scale, columns, tiles, batch,
-        KV_HEADS=kv_heads, GROUP=group, D=head_dim, BLOCK=BLOCK, STAGES=STAGES, GUARD=guard, num_warps=8,
+        KV_HEADS=kv_heads, GROUP=group, D=head_dim, BLOCK=BLOCK, STAGES=STAGES, num_warps=8,
     )  # fmt: skip

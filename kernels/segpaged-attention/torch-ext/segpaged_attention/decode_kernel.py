@@ -125,7 +125,7 @@ def _attend_part(
     KV_HEADS: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr, CAP: tl.constexpr, AUX: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, GUARD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Blocks [block, block_end) of one item, the first of them on `page`; `alone`: they are all it has."""
     i_b = (item // KV_HEADS).to(tl.int64)
@@ -178,7 +178,7 @@ def _attend_part(
     hides = block_end * BLOCK_N > n
     if EXACT:
         hides = True
-    if GUARD and hides:  # noqa: SIM102
+    if hides:  # noqa: SIM102
         if has_nan(b_acc):
             b_acc = _sum_again(
                 p_k, p_v, p_row, b_q, b_m, scale, softcap, model_window, q_pos, block * BLOCK_N,
@@ -206,7 +206,7 @@ def _decode_kernel(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     ITEMS: tl.constexpr, EXACT: tl.constexpr, CAP: tl.constexpr, AUX: tl.constexpr, TMA: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, OVERHEAD: tl.constexpr, EARLY: tl.constexpr,
-    GUARD: tl.constexpr,
+   
 ):  # fmt: skip
     AHEAD: tl.constexpr = M * BD <= 4096  # registers are left for the next item's queries
     i_p = tl.program_id(0)
@@ -299,7 +299,6 @@ def _decode_kernel(
                 table_stride_h, scale, softcap, model_window,
                 b_q, page, item, seq_len, sink, ring, block, block_end, i_p + item, alone,
                 KV_HEADS, FOLD, GROUP, ROWS, M, D, DV, BD, BDV, PAGE, BLOCK_N, EXACT, CAP, AUX, TMA, STAGES, PRECISION,
-                GUARD,
             )  # fmt: skip
         unit = part_end
         item += 1
@@ -383,8 +382,6 @@ class DecodeConfig:
     fold: int = 1  # parts of a group, each an item of its own, where one program cannot hold all rows of a group
     overhead: int = 2  # units that taking up an item costs; on an H200, 0 and 1 are 3 to 11 % slower
     early: bool = False  # plan before the kernel ahead has ended; needs pdl
-    guard: bool = True
-    combine: tuple[int, int, int] | None = None  # output dimensions, parts at a time and warps of a combining program
 
 
 def choose_config(
@@ -467,8 +464,8 @@ def decode(
     acc, maxima, sums = memory.split([partials * v_dim, partials, partials])
     # a handful of variants, not one per batch size
     items = next(bound for bound in (32, 256, 2048, 1 << 14, 1 << 17) if num_items <= bound)
-    few, many = (32, 256, 4), (128, 32, 4)
-    block_v, parts, warps = config.combine or (few if num_items <= 32 else (64, 64, 4) if num_items <= 128 else many)
+    # few items have many parts each; many combining programs must fit beside those that decode, or they start late
+    block_v, parts, warps = (32, 256, 4) if num_items <= 32 else (64, 32, 1)
     block_v = min(block_v, power_of_2(v_dim))
     pool = (page_descriptor(k_pages, config.block_n), page_descriptor(v_pages, config.block_n)) if config.tma else None
     exact = exact_positions or rows > 1 or model_window > 0
@@ -489,7 +486,7 @@ def decode(
             **shape, "M": max(16, power_of_2(rows * group)), "D": head_dim, "DV": v_dim, "BD": power_of_2(head_dim),
             "BDV": power_of_2(v_dim), "PAGE": page_size, "BLOCK_N": config.block_n, "ITEMS": items, "CAP": softcap != 0,
             "TMA": config.tma, "STAGES": config.stages, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-            "EARLY": config.early, "GUARD": config.guard, **flags,
+            "EARLY": config.early, **flags,
         },
         {"num_warps": config.warps, **options},
     )  # fmt: skip

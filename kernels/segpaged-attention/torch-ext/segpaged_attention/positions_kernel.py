@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from .prefill_kernel import PrefillConfig, choose_config
-from .prefill_tiles import attend_pages, attend_pages_again
+from .prefill_tiles import attend_pages
 from .support import KEEP_ALL
-from .tiles import HIDDEN, LOG2E, bad_as_nan, has_nan, model_window_of, output_factor, page_descriptor, strides
+from .tiles import HIDDEN, LOG2E, model_window_of, output_factor, page_descriptor, strides
 
 _KEEP_ALL = tl.constexpr(KEEP_ALL)
 
@@ -32,7 +32,7 @@ _KEEP_ALL = tl.constexpr(KEEP_ALL)
     ]
 )
 def _positions_kernel(
-    p_q, p_pos, p_k_pages, p_v_pages, p_k_pool, p_v_pool, p_table, p_kv_lens, p_sink, p_window, p_aux, p_out,
+    p_q, p_pos, p_k_pages, p_v_pages, p_table, p_kv_lens, p_sink, p_window, p_aux, p_out,
     q_stride_b, q_stride_h, q_stride_t, pos_stride_b, table_stride_b, table_stride_h,
     scale, softcap, model_window, num_rows, num_tiles, batch,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
@@ -79,14 +79,6 @@ def _positions_kernel(
         softcap, full, full_end, sink_edge, sinks_end, edge, full * BLOCK_N, tail, end,
         D, DV, BD, BDV, PAGE, BLOCK_N, CAP, TMA, STAGES, PRECISION,
     )  # fmt: skip
-    if has_nan(b_acc):
-        b_acc = attend_pages_again(
-            b_q, b_m, tl.zeros([BLOCK_M, BDV], tl.float32), q_pos, p_k_pool, p_v_pool, p_row, kv_len, sink, window,
-            _KEEP_ALL, model_window, scale, softcap,
-            full * BLOCK_N, full_end * BLOCK_N, sink_edge, sinks_end, edge, full * BLOCK_N, tail, end,
-            D, DV, BD, BDV, PAGE, CAP, PRECISION,
-        )  # fmt: skip
-        b_acc = bad_as_nan(b_acc)
     b_f = tl.where(q_pos >= 0, output_factor(b_m, b_l, p_aux, head, True, AUX), 0.0)
     o_out = ((i_b * num_rows + o_m) * (KV_HEADS * GROUP) + head) * DV
     b_o = (b_acc * b_f[:, None]).to(p_out.dtype.element_ty)
@@ -123,7 +115,7 @@ def prefill_positions(
     q_pos = q_pos.contiguous()
     tiles = triton.cdiv(rows, chosen.block_m)
     _positions_kernel[(tiles * group * batch * kv_heads,)](
-        q, q_pos, *pool, k_pages, v_pages, block_table, kv_lens, sink, window, s_aux, out,
+        q, q_pos, *pool, block_table, kv_lens, sink, window, s_aux, out,
         *strides(q), q_pos.stride(0), block_table.stride(0), block_table.stride(1),
         scale if softcap else scale * LOG2E, softcap, model_window_of(model_window), rows, tiles, batch,
         KV_HEADS=kv_heads, GROUP=group, D=head_dim, DV=v_dim, BD=triton.next_power_of_2(head_dim),

@@ -15,28 +15,21 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .prefill_tiles import (
-    attend_again,
-    attend_block,
-    attend_causal,
-    attend_pages,
-    attend_pages_again,
-    block_at,
-    blocks_of,
-    touches,
-    within,
-)
+from .prefill_tiles import attend_block, attend_causal, attend_pages, block_at, blocks_of
 from .tiles import (
     HIDDEN,
     LOG2E,
-    bad_as_nan,
     device_of,
-    has_nan,
     model_window_of,
     output_factor,
     page_descriptor,
     strides,
 )
+
+try:
+    from . import causal_kernel
+except (ImportError, AttributeError):  # Gluon is young: another version of triton may name things differently
+    causal_kernel = None  # type: ignore[assignment]
 
 
 @triton.jit
@@ -65,8 +58,7 @@ def _load_chunk(
     ]
 )  # fmt: skip
 def _prefill_kernel(
-    p_q, p_k, p_v, p_k_pages, p_v_pages, p_k_chunk, p_v_chunk, p_k_pool, p_v_pool, p_table,
-    p_seq_lens, p_sink, p_window, p_ring, p_aux, p_start, p_len, p_order,
+    p_q, p_k, p_v, p_k_pages, p_v_pages, p_table, p_seq_lens, p_sink, p_window, p_ring, p_aux, p_start, p_len, p_order,
     p_out, p_acc, p_max, p_sum,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t,
     table_stride_b, table_stride_h, scale, softcap, model_window, num_columns, num_tiles, batch, first_head, num_splits,
@@ -74,7 +66,6 @@ def _prefill_kernel(
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAST_N: tl.constexpr, PAST: tl.constexpr,
     PADDED: tl.constexpr, SPLIT: tl.constexpr, CAP: tl.constexpr, AUX: tl.constexpr, TMA: tl.constexpr,
     PAST_TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
-    GUARD: tl.constexpr,
 ):  # fmt: skip
     i_p = tl.program_id(0)
     i_s = 0
@@ -143,8 +134,6 @@ def _prefill_kernel(
             a_hi = tl.where(i_s == 0, a_hi, 0)
             b_hi = tl.where(i_s == 0, b_hi, 0)
             c_hi = tl.where(i_s == 0, c_hi, 0)
-        past_full, past_full_end, past_a_hi = full * PAST_N, full_end * PAST_N, a_hi
-        past_b, past_b_hi, past_c, past_c_hi = b_lo, b_hi, c_lo, c_hi
         b_m, b_l, b_acc = attend_pages(
             b_q, b_m, b_l, b_acc, past + o_m, p_k_pages, p_v_pages,
             p_table + i_b64 * table_stride_b + i_h * table_stride_h,
@@ -158,7 +147,6 @@ def _prefill_kernel(
         end = row_end
         if SPLIT:
             end = tl.where(i_s == 0, row_end, 0)
-        chunk_full, chunk_full_end, chunk_a, chunk_a_hi, chunk_b, chunk_b_hi, chunk_c_hi = 0, end, 0, 0, 0, 0, 0
         b_m, b_l, b_acc = attend_causal(
             b_q,
             b_m,
@@ -196,8 +184,6 @@ def _prefill_kernel(
             a_hi = tl.where(i_s == 0, a_hi, 0)
             b_hi = tl.where(i_s == 0, b_hi, 0)
             c_hi = tl.where(i_s == 0, c_hi, 0)
-        chunk_full, chunk_full_end, chunk_a, chunk_a_hi = full, full_end, a_lo, a_hi
-        chunk_b, chunk_b_hi, chunk_c_hi = edge, b_hi, c_hi
         for token in tl.range(full, full_end, BLOCK_N, num_stages=STAGES):
             o_t = token + o_n
             # [BLOCK_N, BD], [BLOCK_N, BDV]
@@ -226,40 +212,6 @@ def _prefill_kernel(
             m_s = m_s & (o_t[None, :] > o_m[:, None] - model_window)
             m_s = m_s & ((past + o_t < sink)[None, :] | (o_t[None, :] > o_m[:, None] - window))
             b_m, b_l, b_acc = attend_block(b_q, b_k, b_v, b_m, b_l, b_acc, m_s, scale, softcap, True, CAP, PRECISION)
-
-    if GUARD:  # noqa: SIM102
-        if has_nan(b_acc):
-            b_acc = tl.zeros([BLOCK_M, BDV], tl.float32)
-            if PAST:
-                b_acc = attend_pages_again(
-                    b_q, b_m, b_acc, past + o_m, p_k_pool, p_v_pool,
-                    p_table + i_b64 * table_stride_b + i_h * table_stride_h,
-                    past, sink, window, ring, model_window, scale, softcap,
-                    past_full, past_full_end, sink_edge, past_a_hi, past_b, past_b_hi, past_c, past_c_hi,
-                    D, DV, BD, BDV, PAGE, CAP, PRECISION,
-                )  # fmt: skip
-            p_k_at = p_k_chunk + i_b64 * k_stride_b + i_h.to(tl.int64) * k_stride_h
-            p_v_at = p_v_chunk + i_b64 * v_stride_b + i_h.to(tl.int64) * v_stride_h
-            for token in tl.range(0, row_end, 16, num_stages=1):
-                if touches(
-                    token, chunk_full, chunk_full_end, chunk_a, chunk_a_hi, chunk_b, chunk_b_hi, row, chunk_c_hi, 16
-                ):
-                    o_t = token + tl.arange(0, 16)
-                    # [16, BD], [16, BDV]
-                    b_k = _load_chunk(
-                        p_k_at, i_b, i_h, start + token, o_t, o_d, k_stride_t, length, D, BD, 16, False, True
-                    )
-                    b_v = _load_chunk(
-                        p_v_at, i_b, i_h, start + token, o_t, o_v, v_stride_t, length, DV, BDV, 16, False, True
-                    )
-                    m_s = (o_t[None, :] <= o_m[:, None]) & (o_t[None, :] > o_m[:, None] - model_window)
-                    m_s = m_s & ((past + o_t < sink)[None, :] | (o_t[None, :] > o_m[:, None] - window))
-                    m_t = within(
-                        o_t, chunk_full, chunk_full_end, chunk_a, chunk_a_hi, chunk_b, chunk_b_hi, row, chunk_c_hi
-                    )
-                    m_s = m_s & (m_t & (o_t < length))[None, :]
-                    b_acc = attend_again(b_q, b_k, b_v, b_m, b_acc, m_s, scale, softcap, CAP, PRECISION)
-            b_acc = bad_as_nan(b_acc)
 
     m_o = m_m[:, None] & (o_v < DV)[None, :]
     if SPLIT:
@@ -325,8 +277,7 @@ class PrefillConfig:
     tma: bool  # for the chunk's K and V
     past_tma: bool  # for pages
     splits: int = 1
-    guard: bool = True
-    overlap: bool = False  # `causal_kernel`, where it can serve
+    overlap: bool = False  # `causal_kernel` where the chunk has no past
 
 
 def choose_config(
@@ -352,7 +303,9 @@ def choose_config(
     stage = 2 * block_n * bd * dtype.itemsize
     buffers = max(1, min(3 if tma else 2, (facts.shared_memory - block_m * bd * dtype.itemsize - (2 << 10)) // stage))
     stages = buffers if facts.hopper else buffers + 1  # before Hopper a pipeline of n stages has n - 1 buffers
-    return PrefillConfig(block_m, block_n, past_n, stages, warps, tma, tma and page_size >= 64)
+    # OVERLAP: not chosen
+    overlap = False
+    return PrefillConfig(block_m, block_n, past_n, stages, warps, tma, tma and page_size >= 64, overlap=overlap)
 
 
 def choose_splits(device: torch.device, programs: int, past_len: int, block_n: int) -> int:
@@ -426,10 +379,9 @@ def prefill(
         # heads that keep everything, and nothing else that hides keys: the common case has a loop of its own
         causal = big and tma and model_window == 0 and softcap == 0 and q_start is None
         split = chosen.splits > 1
-        if chosen.overlap and causal and past_len == 0 and not split and s_aux is None:
-            from .causal_kernel import causal as attend
-
-            attend(q, k, v, head_order, num_heads, out, scale * LOG2E, chosen.guard)
+        alone = causal and past_len == 0 and not split and s_aux is None  # the chunk, and nothing else
+        if alone and chosen.overlap and causal_kernel is not None:
+            causal_kernel.causal(q, k, v, head_order, num_heads, out, scale * LOG2E)
             continue
         tiles = triton.cdiv(columns, chosen.block_m)
         scratch = (None, None, None)
@@ -438,14 +390,14 @@ def prefill(
             storage = torch.empty(partials * (v_dim + 2), dtype=torch.float32, device=q.device)
             scratch = storage.split([partials * v_dim, partials, partials])
         _prefill_kernel[(tiles * group * batch * num_heads * chosen.splits,)](
-            q, *(new if tma else (k, v)), *old, k, v, k_pages, v_pages, block_table, seq_lens, sink,
-            window, ring, s_aux, q_start, q_len, head_order, out, *scratch, *strides(q), *strides(k), *strides(v),
-            block_table.stride(0), block_table.stride(1), scale if softcap else scale * LOG2E, softcap, limit, columns, tiles,
-            batch, first_head, chosen.splits, KV_HEADS=kv_heads, GROUP=group, D=head_dim, DV=v_dim,
+            q, *(new if tma else (k, v)), *old, block_table, seq_lens, sink, window, ring, s_aux, q_start, q_len,
+            head_order, out, *scratch, *strides(q), *strides(k), *strides(v), block_table.stride(0),
+            block_table.stride(1), scale if softcap else scale * LOG2E, softcap, limit, columns, tiles, batch,
+            first_head, chosen.splits, KV_HEADS=kv_heads, GROUP=group, D=head_dim, DV=v_dim,
             BD=triton.next_power_of_2(head_dim), BDV=triton.next_power_of_2(v_dim), PAGE=page_size,
             BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, PAST_N=chosen.past_n, PAST=past_len > 0, PADDED=q_start is
             not None, SPLIT=split, CAP=softcap != 0, AUX=s_aux is not None, TMA=tma, PAST_TMA=past_tma,
-            STAGES=chosen.stages, CAUSAL=causal, GUARD=chosen.guard,
+            STAGES=chosen.stages, CAUSAL=causal,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=chosen.warps,
         )  # fmt: skip
         if split:

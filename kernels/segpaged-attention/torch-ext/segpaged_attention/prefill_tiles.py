@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import HIDDEN, cap_scores, good_and_bad, load_pages, load_tile, slot_to_position
+from .tiles import HIDDEN, cap_scores, load_pages, load_tile, slot_to_position
 
 
 @triton.jit
@@ -34,19 +34,6 @@ def attend_block(
     # [M, BDV]
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_fade[:, None], input_precision=PRECISION)
     return b_top, b_l, b_acc
-
-
-@triton.jit
-def attend_again(
-    b_q, b_k, b_v, b_m, b_acc, m_s, scale, softcap, CAP: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """A block's weighted values once more, under the maxima ``b_m`` that are known now; see `good_and_bad`."""
-    b_s = cap_scores(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale, softcap, CAP)
-    # [M, N], [N, BDV]
-    b_p = tl.where(m_s, tl.exp2(b_s - b_m[:, None]), 0.0)
-    b_good, b_bad = good_and_bad(b_v)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_good, b_acc, input_precision=PRECISION)
-    return tl.dot(m_s.to(tl.float32), b_bad, b_acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -131,56 +118,13 @@ def attend_pages(
         i_next = tl.minimum(i_n + 1, blocks - 1)
         next_token, _lo, _hi = block_at(i_next, a_lo, a_hi, b_lo, b_hi, c_lo, c_hi, a_n, b_n, BLOCK_N)
         page = load_pages(p_row, next_token, o_n, n, PAGE, BLOCK_N)
-        # [M, BLOCK_N]
         o_slot = token + o_n
+        # Slots outside of the stretch hold anything, and 0 times nan is nan.
+        m_t = (o_slot >= lo) & (o_slot < hi)
+        b_v = tl.where(m_t[:, None], b_v, 0.0)
+        # [M, BLOCK_N]
         pos = slot_to_position(o_slot, seq_len, sink, ring, newest)[None, :]
-        m_s = (
-            ((o_slot >= lo) & (o_slot < hi))[None, :] & (pos <= q_pos[:, None]) & (pos > q_pos[:, None] - model_window)
-        )
+        m_s = m_t[None, :] & (pos <= q_pos[:, None]) & (pos > q_pos[:, None] - model_window)
         m_s = m_s & ((pos < sink) | (pos > q_pos[:, None] - window))
         b_m, b_l, b_acc = attend_block(b_q, b_k, b_v, b_m, b_l, b_acc, m_s, scale, softcap, True, CAP, PRECISION)
     return b_m, b_l, b_acc
-
-
-@triton.jit
-def touches(i, full, full_end, a_lo, a_hi, b_lo, b_hi, c_lo, c_hi, STEP: tl.constexpr):
-    """Whether [i, i + STEP) has anything of the four stretches."""
-    in_full = (i < full_end) & (i + STEP > full)
-    in_edges = ((i < a_hi) & (i + STEP > a_lo)) | ((i < b_hi) & (i + STEP > b_lo)) | ((i < c_hi) & (i + STEP > c_lo))
-    return in_full | in_edges
-
-
-@triton.jit
-def within(o, full, full_end, a_lo, a_hi, b_lo, b_hi, c_lo, c_hi):
-    """Which of the places ``o`` are in any of the four stretches."""
-    m = ((o >= full) & (o < full_end)) | ((o >= a_lo) & (o < a_hi))
-    return m | ((o >= b_lo) & (o < b_hi)) | ((o >= c_lo) & (o < c_hi))
-
-
-@triton.jit
-def attend_pages_again(
-    b_q, b_m, b_acc, q_pos, p_k_pool, p_v_pool, p_row, seq_len, sink, window, ring, model_window, scale, softcap,
-    full, full_end, a_lo, a_hi, b_lo, b_hi, c_lo, c_hi,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PAGE: tl.constexpr, CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`attend_again` for what `attend_pages` did; ``full`` and ``full_end`` in slots. Slow: it hardly ever runs."""
-    STEP: tl.constexpr = 16  # divides every page
-    o_n = tl.arange(0, STEP)
-    o_d = tl.arange(0, BD)
-    o_v = tl.arange(0, BDV)
-    n = tl.minimum(seq_len, sink + ring)
-    newest = (seq_len - 1 - sink) % ring
-    for token in tl.range(0, n, STEP, num_stages=1):
-        if touches(token, full, full_end, a_lo, a_hi, b_lo, b_hi, c_lo, c_hi, STEP):
-            page = tl.load(p_row + token // PAGE)
-            # [STEP, BD], [STEP, BDV]
-            b_k = load_tile(p_k_pool, page, token, o_n, o_d, D, BD, PAGE, STEP, False)
-            b_v = load_tile(p_v_pool, page, token, o_n, o_v, DV, BDV, PAGE, STEP, False)
-            o_slot = token + o_n
-            pos = slot_to_position(o_slot, seq_len, sink, ring, newest)[None, :]
-            m_s = (pos <= q_pos[:, None]) & (pos > q_pos[:, None] - model_window)
-            m_s = m_s & ((pos < sink) | (pos > q_pos[:, None] - window))
-            m_s = m_s & within(o_slot, full, full_end, a_lo, a_hi, b_lo, b_hi, c_lo, c_hi)[None, :]
-            b_acc = attend_again(b_q, b_k, b_v, b_m, b_acc, m_s, scale, softcap, CAP, PRECISION)
-    return b_acc
