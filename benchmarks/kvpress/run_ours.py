@@ -139,9 +139,9 @@ def main() -> None:
 
     def reader(level: float, prefill: str) -> Any:
         def read(group: list[dict[str, Any]]) -> tuple[Any, int, int]:
-            key = (level, len(group[0]["context"]), len(group), prefill)
+            key = (level, len(group[0]["context"]), len(group))  # either prefill ends with the same pages
             if key not in profiles:
-                profiles[key] = profile_at(model, *key, own)
+                profiles[key] = profile_at(model, *key, "full", own)
             cache = RedKnotCache(model.config, profiles[key], prefill=prefill, page_size=PAGE)
             model(contexts(model, group), past_key_values=cache, use_cache=True, logits_to_keep=1)
             report = cache.memory_report()
