@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,7 +149,7 @@ def test_a_folder_of_any_name_gets_the_profile_of_its_architecture(tmp_path):
     def found(name, **other):
         config = LlamaConfig(**{**shape, **other})
         config._name_or_path = name
-        return find_profile(None, SimpleNamespace(config=config), name)
+        return find_profile(None, config, name)
 
     (tmp_path / "hf").mkdir()
     (tmp_path / "SmolLM2-135M-Instruct").mkdir()
@@ -160,7 +159,7 @@ def test_a_folder_of_any_name_gets_the_profile_of_its_architecture(tmp_path):
     assert found(str(tmp_path / "SmolLM2-135M-Instruct")) == (shipped, "shipped for this model")
     assert found(str(tmp_path / "hf"), intermediate_size=1024) == (None, "none")
     assert found("someone/fine-tuned") == (None, "none")
-    assert find_profile(None, SimpleNamespace(config=LlamaConfig(**shape)), None)[0] == shipped
+    assert find_profile(None, LlamaConfig(**shape), None)[0] == shipped
 
 
 def test_random_weights_are_named_as_such(tiny_folder, profile, tmp_path, capsys):

@@ -77,7 +77,7 @@ def load_model(
     return model.to(device).eval(), words
 
 
-def find_profile(given: str | None, model: Any, name: str | None) -> tuple[HeadProfile | None, str]:
+def find_profile(given: str | None, config: Any, name: str | None) -> tuple[HeadProfile | None, str]:
     """(profile, where it is from): --profile, else the one shipped for the model, else None.
 
     A folder may be called anything. Where its name is no model's, the profile whose recorded architecture is exactly the
@@ -88,20 +88,20 @@ def find_profile(given: str | None, model: Any, name: str | None) -> tuple[HeadP
 
     if given:
         profile = HeadProfile.load(given)
-        profile.validate_for(model.config)
+        profile.validate_for(config)
         return profile, given
     if name is None:
         from ..demo_model import MODEL_NAME
 
         shipped, source = HeadProfile.load(MODEL_NAME), f"shipped for {MODEL_NAME}"
-    elif (found := find_shipped(model.config)) is not None:
+    elif (found := find_shipped(config)) is not None:
         shipped, source = found, "shipped for this model"
-    elif Path(name).is_dir() and (alike := _shipped_for_shape(model.config)) is not None:
+    elif Path(name).is_dir() and (alike := _shipped_for_shape(config)) is not None:
         shipped, known = alike
         source = f"shipped for {known}, whose architecture the folder's config has"
     else:
         return None, "none"
-    shipped.validate_for(model.config)
+    shipped.validate_for(config)
     return shipped, source
 
 

@@ -293,7 +293,7 @@ def _profile(args: argparse.Namespace, model: Any) -> tuple[HeadProfile | None, 
 
     if args.profile == "none" and args.bench == "prefill":
         return None, "none"
-    found, source = find_profile(args.profile, model, args.model)
+    found, source = find_profile(args.profile, model.config, args.model)
     if found is not None:
         return found, source
     made = HeadProfile.uniform(model.config, sink=4, window=256, global_heads=0.25)

@@ -205,7 +205,8 @@ class _Choice(NamedTuple):
 
 def _choose_profile(args: argparse.Namespace, config: Any) -> _Choice:
     from ..demo_model import MODEL_NAME
-    from ..heads import HeadProfile, find_shipped, shipped_names
+    from ..heads import HeadProfile, shipped_names
+    from ._models import find_profile
 
     if args.profile:
         profile, origin = HeadProfile.load(args.profile), args.profile
@@ -216,11 +217,10 @@ def _choose_profile(args: argparse.Namespace, config: Any) -> _Choice:
         profile = HeadProfile.uniform(config, sink=4, window=256, global_heads=_RETRIEVAL_HEADS)
         origin = "ten known retrieval heads"
     else:
-        shipped = find_shipped(config)
+        shipped, origin = find_profile(None, config, args.model)
         profile = shipped or HeadProfile.all_global(config)
-        origin = (
-            "shipped for this model" if shipped else "none shipped for this model: all heads global (pass --profile)"
-        )
+        if shipped is None:
+            origin = "none shipped for this model: all heads global (pass --profile)"
     return _Choice(profile, origin, args.prefill or _made_for(profile))
 
 

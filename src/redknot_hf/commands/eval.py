@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(
         args.model, args.device, args.dtype, revision=args.revision, progress=not args.no_progress
     )
-    profile, source = find_profile(args.profile, model, args.model)
+    profile, source = find_profile(args.profile, model.config, args.model)
     if profile is None:
         raise RedKnotError("no profile is shipped for this model: pass --profile, made by `redknot profile`")
     with _Progress(disable=args.no_progress) as progress:
