@@ -136,6 +136,9 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.3)
     parser.add_argument("--preset", help="a measured schedule instead of --keep")
     parser.add_argument("--repeats", type=int, nargs="+", default=[5, 3], help="for each of --tokens")
+    parser.add_argument("--cpu-time", action="store_true", help="count the process's CPU seconds: for a machine in use")
+    parser.add_argument("--mechanisms-only", action="store_true", help="no variants")
+    parser.add_argument("--no-head-classes", action="store_true")
     parser.add_argument("--no-kernels", action="store_true", help="do not run the profiler on a GPU")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -148,14 +151,17 @@ def main() -> None:
     base = SparseFFNSchedule.preset(args.preset) if args.preset else SparseFFNSchedule(keep=args.keep)
     for number, (tokens, repeats) in enumerate(zip(args.tokens, args.repeats, strict=True)):
         report: dict[str, Any] = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d")}
+        report["seconds"] = "of the process on its CPUs" if args.cpu_time else "by the clock on the wall"
         path = args.out / f"prefill_{tokens}.json"
         for name, own, table in (
-            ("mechanisms", profile, {"sparse FFN": base}),
-            ("variants", None, variants(base) if number == 0 else {}),
+            ("mechanisms", None if args.no_head_classes else profile, {"sparse FFN": base}),
+            ("variants", None, variants(base) if number == 0 and not args.mechanisms_only else {}),
         ):
             if not table:
                 continue
-            ledger = measure_prefill(model, tokens, table, own, repeats if own is not None else min(3, repeats))
+            clock = time.process_time if args.cpu_time else time.perf_counter
+            runs = repeats if name == "mechanisms" else min(3, repeats)
+            ledger = measure_prefill(model, tokens, table, own, runs, clock=clock)
             report[name] = {**ledger.as_dict(), "schedules": {key: repr(value) for key, value in table.items()}}
             path.write_text(json.dumps(report, indent=1) + "\n")
             print(f"[{time.time() - start:5.1f}s] {tokens} {name}", flush=True)

@@ -204,6 +204,7 @@ def measure_prefill(
     batch: int = 1,
     ids: torch.Tensor | None = None,
     progress: Callable[[str], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Ledger:
     """Prefill densely, with head classes, with each schedule, and with both; in turn, ``repeats`` times.
 
@@ -214,6 +215,7 @@ def measure_prefill(
         profile: head classes; None leaves those configurations out.
         ids: int64 ``[batch, tokens]``; None for random tokens (rows kept under ``mass`` depend on the text).
         progress: called with one line per configuration.
+        clock: gives seconds. ``time.process_time`` compares configurations on a CPU that others use, in one thread.
 
     Raises:
         RedKnotError: an argument is out of range.
@@ -240,11 +242,11 @@ def measure_prefill(
         own, context = plans[number][1], contexts[number]
         cache = RedKnotCache(config, own if own is not None else HeadProfile.all_global(config))
         _wait(device)
-        start = time.perf_counter()
+        start = clock()
         with context if context is not None else contextlib.nullcontext():
             model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         _wait(device)
-        return time.perf_counter() - start, cache
+        return clock() - start, cache
 
     seconds: list[list[float]] = [[] for _ in plans]
     entries: list[Entry] = []
@@ -261,7 +263,7 @@ def measure_prefill(
         kv = cache.memory_report().live
         del cache
         rows, moved = _rows_run(context, find_blocks(model), config, ids, model)
-        with _timed_parts(model, device) as parts:
+        with _timed_parts(model, device, clock) as parts:
             total, _ = once(number)
         part_seconds = {**parts, "rest": total - sum(parts.values())}
         observed = {} if context is None else dict.fromkeys(context.observed, context.schedule.query_block)
@@ -322,7 +324,7 @@ def _rows_run(
 
 
 @contextlib.contextmanager
-def _timed_parts(model: nn.Module, device: torch.device) -> Iterator[dict[str, float]]:
+def _timed_parts(model: nn.Module, device: torch.device, clock: Callable[[], float]) -> Iterator[dict[str, float]]:
     """Seconds spent in the attention and FFN modules of the layers while inside; waits for the device around each."""
     spent = {"attention": 0.0, "ffn": 0.0}
     started: list[float] = []
@@ -330,12 +332,12 @@ def _timed_parts(model: nn.Module, device: torch.device) -> Iterator[dict[str, f
 
     def before(module: nn.Module, args: Any) -> None:
         _wait(device)
-        started.append(time.perf_counter())
+        started.append(clock())
 
     def after(part: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             _wait(device)
-            spent[part] += time.perf_counter() - started.pop()
+            spent[part] += clock() - started.pop()
 
         return hook
 
