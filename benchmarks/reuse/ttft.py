@@ -181,7 +181,7 @@ def main() -> None:
     stores = {
         "memory": lambda: SegmentStore("memory://", device=device),
         "host": lambda: SegmentStore("memory://", pin_memory=device.startswith("cuda")),
-        "file": lambda: SegmentStore(f"file://{folder}", verify=args.verify),
+        "file": lambda: SegmentStore(f"file://{folder}", verify=args.verify, fsync=False),
     }
     actions: dict[str, Callable[[], Any]] = {}
 

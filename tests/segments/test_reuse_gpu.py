@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from redknot_hf import HeadProfile, RedKnotCache
+from redknot_hf.segments import sha256_kernel
 from redknot_hf.segments.prompt import SegmentedPrompt
 from redknot_hf.segments.stores import SegmentStore
 
@@ -88,8 +90,16 @@ def test_ratio_one_is_the_full_prefill(models, windowed):
     assert (full - logits_of(model, built)).abs().max() < 2e-3 * full.abs().max()
 
 
-def test_a_damaged_file_is_found_while_the_gpu_works(models, tmp_path, caplog):
+@pytest.mark.parametrize("hashed_by", ["gpu", "threads"])
+def test_a_damaged_file_is_found_while_the_gpu_works(models, tmp_path, caplog, monkeypatch, hashed_by):
     model = models[1]
+    if hashed_by == "threads":
+        monkeypatch.setattr(sha256_kernel, "ready", lambda device: False)
+    else:
+        end = time.monotonic() + 60
+        while not sha256_kernel.ready(next(model.parameters()).device):
+            assert time.monotonic() < end, "the hash kernel is not compiled"
+            time.sleep(0.1)
     prompt = SegmentedPrompt(model, None, f"file://{tmp_path}", profile_of(model, False), header=HEADER)
     want = logits_of(model, prompt.build(SEGMENTS, QUERY, 0.3))
     victim = max((p for p in tmp_path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)

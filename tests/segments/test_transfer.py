@@ -203,7 +203,7 @@ def test_hashes_of_the_gpu_are_compared(tmp_path, monkeypatch, damaged):
 
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **more: empty(*shape, **more))
-    monkeypatch.setattr(sha256_kernel, "available", lambda device: True)
+    monkeypatch.setattr(sha256_kernel, "ready", lambda device: True)
     monkeypatch.setattr(sha256_kernel, "sha256", hashed)
     entries = [entry_of(i, 10_300) for i in range(3)]
     store, keys = store_with(tmp_path, entries)

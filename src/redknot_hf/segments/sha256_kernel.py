@@ -7,6 +7,11 @@ of a second of sixteen cores. The digests are those of `hashlib.sha256`.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import logging
+import math
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +19,9 @@ import torch
 
 from . import place_kernel
 
-__all__ = ["available", "serves", "sha256"]
+__all__ = ["available", "digests", "ready", "serves", "sha256"]
+
+logger = logging.getLogger(__name__)
 
 LANES = 32  # pieces of one program: a warp's
 
@@ -22,9 +29,37 @@ available = place_kernel.available
 
 
 def serves(tensor: torch.Tensor) -> bool:
-    """Whether the kernel takes the bytes of a tensor: whole words, contiguous, fewer than 512 MB in a piece."""
+    """Whether the kernel takes the bytes of a tensor: contiguous, whole pairs of words."""
     nbytes = tensor.numel() * tensor.element_size()
-    return nbytes % 4 == 0 and tensor.is_contiguous() and tensor.data_ptr() % 4 == 0
+    return nbytes % 8 == 0 and tensor.is_contiguous() and tensor.data_ptr() % 8 == 0
+
+
+def ready(device: torch.device) -> bool:
+    """Whether the kernel is compiled. If it is not, a thread does that, and whoever asks now hashes in another way."""
+    if not available(device):
+        return False
+    with _lock:
+        if device not in _compiled:
+            _compiled[device] = threading.Event()
+            threading.Thread(target=_compile, args=(device, _compiled[device]), name="redknot-sha256").start()
+    return _compiled[device].is_set()
+
+
+_lock = threading.Lock()
+_compiled: dict[torch.device, threading.Event] = {}
+
+
+def _compile(device: torch.device, done: threading.Event) -> None:
+    try:
+        words = sha256([torch.zeros(64, dtype=torch.uint8, device=device)], 64)
+        right = digests(words.cpu()) == [hashlib.sha256(bytes(64)).digest()]
+    except Exception as error:  # a compiler that cannot be used here: threads go on hashing
+        logger.warning("the GPU does not hash stored segments, threads do: %s: %s", type(error).__name__, error)
+        return
+    if right:
+        done.set()
+    else:
+        logger.warning("the GPU does not hash stored segments, threads do: its digests are wrong")
 
 
 def sha256(tensors: Sequence[torch.Tensor], piece_bytes: int) -> torch.Tensor:
@@ -32,7 +67,7 @@ def sha256(tensors: Sequence[torch.Tensor], piece_bytes: int) -> torch.Tensor:
 
     Args:
         tensors: on one GPU, each of which `serves` accepts; they must live until the kernel has run.
-        piece_bytes: a multiple of 4; the last piece of a tensor is shorter.
+        piece_bytes: a multiple of 8, below 512 MB; the last piece of a tensor is shorter.
 
     Returns:
         int32 ``[pieces, 8]``, the eight words of each digest as numbers.
@@ -51,8 +86,27 @@ def sha256(tensors: Sequence[torch.Tensor], piece_bytes: int) -> torch.Tensor:
         table = table.pin_memory().to(device, non_blocking=True)
     out = torch.empty(len(table), 8, dtype=torch.int32, device=device)
     with torch.cuda.device_of(out):
-        sha256_kernel[(-(-len(table) // LANES),)](table, out, len(table), most, LANES=LANES, num_warps=1)
+        sha256_kernel[(-(-len(table) // LANES),)](
+            table, _rounds(device), out, len(table), most, LANES=LANES, num_warps=1
+        )
     return out
+
+
+@functools.cache
+def _rounds(device: torch.device) -> torch.Tensor:
+    """The constants of the rounds, int32 ``[64]``: fractional parts of the cube roots of the first primes."""
+    primes = [n for n in range(2, 312) if all(n % d for d in range(2, math.isqrt(n) + 1))]
+    roots = [_cube_root(prime << 96) & 0xFFFFFFFF for prime in primes]
+    return torch.from_numpy(np.array(roots, np.uint32).view(np.int32)).to(device)
+
+
+def _cube_root(n: int) -> int:
+    """The integer part."""
+    low, high = 0, 1 << (n.bit_length() // 3 + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if middle**3 <= n else (low, middle)
+    return low
 
 
 def digests(words: torch.Tensor) -> list[bytes]:

@@ -23,8 +23,10 @@ from .codec import PIECE_BYTES, CorruptEntry, FileSource, PendingCheck, SegmentE
 __all__ = ["Upload"]
 
 WORKERS = 16
-BUFFERS = 3  # of each worker: one is filled while the others are on their way
-RUN_BYTES = 4 << 20  # a multiple of PIECE_BYTES: what is read and sent at a time
+BUFFERS = 2  # of each worker: one is filled while the other is on its way
+# Read and sent at a time, a multiple of PIECE_BYTES. Larger runs leave the interpreter's lock to the thread that launches
+# the forward, smaller ones bring the first layer sooner.
+RUN_BYTES = 8 << 20
 
 
 class _Run(NamedTuple):
@@ -72,8 +74,8 @@ class Upload:
             if entry.check is not None or entry.source is not None:
                 self.verdicts[number] = Future()
             if entry.check is not None:
-                on_gpu = sha256_kernel.available(self.device)
-                on_gpu = on_gpu and all(sha256_kernel.serves(t) for t in self.stacks[-1].values())
+                on_gpu = all(sha256_kernel.serves(t) for t in self.stacks[-1].values())
+                on_gpu = on_gpu and sha256_kernel.ready(self.device)
                 (self._checks_on_gpu if on_gpu else self._checks)[number] = entry.check
         if runs:
             self._start(runs, len(entries))
