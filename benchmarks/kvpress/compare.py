@@ -26,16 +26,22 @@ OURS = "ours"
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and rows. Of joined files: the first header, with the commands of all."""
+    """Header and rows. Of joined files: the first header, with the devices and commands of all."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     heads = [line for line in lines if "prompts" in line]
     for head in heads:
-        for what in ("prompts", "device", "dtype", "versions"):
+        for what in ("prompts", "profile", "dtype", "versions"):
             if head.get(what) != heads[0].get(what):
                 raise SystemExit(f"{path}: joined of runs with different {what}")
+    devices = list(dict.fromkeys(head["device"] for head in heads if "device" in head))
     commands = list(dict.fromkeys(head["command"] for head in heads if "command" in head))
     notes = {key: note for head in heads for key, note in head.get("notes", {}).items()}
-    head = {**heads[0], "command": "; ".join(commands), **({"notes": notes} if notes else {})}
+    head = {
+        **heads[0],
+        "device": ", ".join(devices),
+        "command": "; ".join(commands),
+        **({"notes": notes} if notes else {}),
+    }
     return head, [line for line in lines if "prompts" not in line]
 
 
