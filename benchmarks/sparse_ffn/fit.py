@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--rows", type=float, nargs="+", default=[0.769, 0.85, 0.7], help="shares of all rows to run")
     parser.add_argument("--first-layer", type=int, help="first layer that may be sparse (default: the last third)")
+    parser.add_argument("--singles", type=Path, help="chosen.json of an earlier run, whose step 1 is taken over")
     parser.add_argument("--search-seconds", type=float, default=20, help="for each share of --rows")
     parser.add_argument("--batch-tokens", type=int, default=32768)
     parser.add_argument("--max-seconds", type=float, default=1e9, help="start no batch after this time")
@@ -234,7 +235,11 @@ def choose(
     search = Search(groups, layers, first, args.fit_contexts[0], {})
     say(f"dense runs of {sum(args.fit)} texts")
     single: dict[tuple[int, float], float] = {}
-    for layer in search.free:
+    if args.singles is not None:
+        for name, value in json.loads(args.singles.read_text())["single_layer_kl"].items():
+            layer, keep = name.split()
+            single[int(layer), float(keep)] = value
+    for layer in search.free if args.singles is None else ():
         for keep in SINGLE_SHARES:
             single[layer, keep] = search.single(layer, keep)
             if single[layer, keep] > 0.008:
