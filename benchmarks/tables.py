@@ -115,6 +115,24 @@ def caches(path: Path) -> list[str]:
     ]
 
 
+def eager(result: Any) -> list[str]:
+    rows = [
+        [row["batch"], row["context"], row["cache"], row["ms"], "{} to {}".format(*row["quartiles"]), row["of_dynamic"]]
+        for row in result["rows"]
+    ]
+    return [
+        "### Eager steps, in turns",
+        "",
+        "The same shape without compiling. At batch 1 such a step waits for the host, whose time varies from second to second "
+        "by more than these caches differ, so the caches take turns in one process; medians of the rounds.",
+        "",
+        *table(["batch", "context", "cache", "ms per token", "quartiles", "of DynamicCache"], rows),
+        "",
+        source(result, result["device"]),
+        "",
+    ]
+
+
 BEGIN, END = "<!-- table: python benchmarks/tables.py -->", "<!-- end of table -->"
 README_ROWS = {
     "DynamicCache, sdpa with cuDNN": ("DynamicCache sdpa, cuDNN on", None),
@@ -184,6 +202,8 @@ def main() -> int:
     if (found := load("h200/decode.json")) is not None:
         lines += decode(found)
         write_readme(found)
+    if (found := load("h200/eager.json")) is not None:
+        lines += eager(found)
     if measured := sorted(RESULTS.glob("*/bench_*.json")):
         lines += [
             "## Caches side by side",
