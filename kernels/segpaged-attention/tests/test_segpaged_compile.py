@@ -65,6 +65,9 @@ SPILLS_ALLOWED = {
     ("sm80", "decode D 96"): 32,
     ("sm80", "decode D 256"): 320,
     ("sm80", "decode 8 rows of 16"): 96,
+    ("sm80", "prefill, pages of 16"): 32,
+    ("sm90", "prefill, pages of 16"): 48,  # with triton 3.9: eight words per step
+    ("sm90", "prefill D 256"): 32,  # with triton 3.6
     ("sm90", "prefill fp32"): 32,  # with triton 3.6
     ("sm90", "decode 8 rows of 16"): 96,
     ("sm90", "decode D 256, 8 rows of 16"): 128,
