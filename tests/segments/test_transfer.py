@@ -4,8 +4,10 @@ real one is used in test_reuse_gpu.py."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import itertools
+import os
 import threading
 from typing import Any
 
@@ -172,7 +174,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_damaged(tmp_path):
 def test_without_descriptors_to_spare_the_mapping_serves(tmp_path, monkeypatch):
     from redknot_hf.segments.stores import local
 
-    monkeypatch.setattr(local, "_FILES", 0)
+    monkeypatch.setattr(local, "_most_files", lambda: 0)
     entry = entry_of(0, 10_300)
     store, keys = store_with(tmp_path, [entry])
     (found,) = store.get_many(keys, defer=True)
@@ -180,6 +182,17 @@ def test_without_descriptors_to_spare_the_mapping_serves(tmp_path, monkeypatch):
     upload = Upload([found], "cpu").finish()
     assert torch.equal(upload.stacks[0]["v.1"], entry.tensors["v.1"])
     assert upload.verdicts[0].exception(timeout=30) is None
+
+
+def test_descriptors_go_with_the_entries(tmp_path):
+    store, keys = store_with(tmp_path, [entry_of(0, 20)])
+    (found,) = store.get_many(keys, defer=True)
+    fd = found.source.file.fileno()
+    os.fstat(fd)
+    del found
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
 
 
 def test_an_entry_that_is_copied_to_another_store_forgets_its_file(tmp_path):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -25,7 +24,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -114,16 +113,20 @@ class PendingCheck:
             raise CorruptEntry("the tensor bytes do not match their checksum")
 
 
+class HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class FileSource:
     """Where the bytes of an entry's tensors are in an open file: reading them is quicker than touching a mapped file.
 
     Attributes:
-        file: open for reading, unbuffered.
+        file: open for reading; closes itself.
         offsets: by name of the tensor.
     """
 
-    file: io.FileIO
+    file: HasFileno
     offsets: dict[str, int]
 
 

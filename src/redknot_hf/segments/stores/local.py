@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
+import functools
 import mmap
 import os
 import re
@@ -37,16 +37,28 @@ _NAME = re.compile(r"([0-9a-f]{64})\.safetensors", re.ASCII)
 _TEMP = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]+\.tmp", re.ASCII)
 # Never follow a planted link, never hang on a planted pipe.
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-_FILES = 512  # open for reading at most, of the descriptors that a process may have: often 1024, a mapping has one, too
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # A write that is not finished after an hour belongs to a process that died.
 _STALE_SECONDS = 3600.0
 
 
+class _OpenFile:
+    """A descriptor that is closed when nobody refers to it any more, as a mapping is."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+
 class _Mapped(mmap.mmap):
     """A mapped file and, unless descriptors are short, the file itself."""
 
-    file: io.FileIO | None = None
+    file: _OpenFile | None = None
 
 
 class LocalFileStore(BytesStore):
@@ -99,8 +111,8 @@ class LocalFileStore(BytesStore):
             if self._mmap:
                 # Private and writable: a stray write of a reader stays in its process and does not reach the file.
                 buffer: Any = _Mapped(fd, size, access=mmap.ACCESS_COPY)
-                if fd < _FILES:
-                    buffer.file = io.FileIO(os.dup(fd), "rb")
+                if fd < _most_files():
+                    buffer.file = _OpenFile(os.dup(fd))
                 if hasattr(os, "posix_fadvise"):  # unlike mmap.madvise it lets other threads run
                     os.posix_fadvise(fd, 0, size, os.POSIX_FADV_WILLNEED)
             else:
@@ -179,6 +191,17 @@ class LocalFileStore(BytesStore):
                         os.unlink(entry.path)
                         report.leftovers += 1
                         report.freed_bytes += info.st_size
+
+
+@functools.lru_cache(1)
+def _most_files() -> int:
+    """Below which descriptor a file is kept open besides its mapping, which has one, too: half of what there may be."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 256
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if limit == resource.RLIM_INFINITY else limit // 2
 
 
 def _directory(url: Any) -> Path:
