@@ -39,14 +39,13 @@ from redknot_hf.sparse_ffn.structure import find_blocks
 
 SINGLE_SHARES = (0.8, 0.6, 0.4, 0.2, 0.0)
 STEP = 0.1  # of a layer's share in one move
-WAYS: tuple[dict[str, float], ...] = (  # to measure attention; the first guess of the first share chooses
+WAYS: tuple[dict[str, Any], ...] = (  # to measure attention; the first guess of the first share chooses
     {},
-    {"query_block": 128},
-    {"query_block": 128, "memory": 0.5},
-    {"query_block": 128, "neighbours": 0.5},
-    {"query_block": 128, "memory": 0.5, "neighbours": 0.5},
     {"query_block": 128, "memory": 0.8, "neighbours": 0.5},
-    {"memory": 0.5, "neighbours": 0.5},
+    {"fill": "mean"},
+    {"query_block": 128, "memory": 0.5, "neighbours": 0.5, "fill": "mean"},
+    {"query_block": 128, "memory": 0.8, "neighbours": 0.5, "fill": "mean"},
+    {"query_block": 128, "memory": 1.0, "neighbours": 0.5, "fill": "mean"},
 )
 
 
@@ -205,7 +204,10 @@ def main() -> None:
         if len(table) == 2:  # the first share, in other ways
             table[f"fitted {share}, each layer and row by itself"] = schedule(keeps, layers)
             table[f"fitted {share}, random rows"] = schedule(keeps, layers, importance=random_rows)
-            table[f"fitted {share}, rows chosen every 4 layers"] = schedule(keeps, layers, **options, choose_every=4)
+            if "fill" in options:
+                table[f"fitted {share}, nothing for rows left out"] = schedule(
+                    keeps, layers, **{**options, "fill": "nothing"}
+                )
     table["last layer only"] = schedule({layers - 1: 0.0}, layers)
     rows = check(args, replay, tokenizer, texts, table, start, say)
     result = summary(rows, args.contexts, ["dense", *table])

@@ -87,6 +87,12 @@ class SparseFFN:
         self._refuse_training()
         self._blocks = find_blocks(model)
         self.rules = schedule.rules(len(self._blocks))
+        for block, rule in zip(self._blocks, self.rules, strict=True):
+            if schedule.fill == "mean" and rule is not None and block.ffn and not block.adds:
+                raise UnsupportedModel(
+                    f"layer {block.index} ({type(block.layer).__name__}) changes what its FFN gives before it adds it, so "
+                    "a mean of it cannot stand for rows that are left out: take fill='nothing'"
+                )
         self.measured = frozenset(schedule.measured(len(self._blocks)))
         self.observed = self._observed()
         self._check_attention()

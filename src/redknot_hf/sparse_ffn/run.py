@@ -214,7 +214,7 @@ class Run:
     def ffn(
         self, layer: int, original: Callable[..., Any], x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """The FFN of ``x [batch, rows, dim]`` with zeros in rows that are left out; after `norm` left them out,
+        """The FFN of ``x [batch, rows, dim]`` with the fill in rows that are left out; after `norm` left them out,
         ``x [1, n, dim]`` is those that pass."""
         gathered, self._gathered = self._gathered, None
         if gathered is not None and gathered[0] == layer:
@@ -229,9 +229,30 @@ class Run:
         self.count(layer, shape.numel(), len(index))
         output = original(few, *gathered_rows(args, index, shape), **gathered_rows(kwargs, index, shape))
         result = first_of(output)
-        whole = result.new_zeros(shape.numel(), result.shape[-1]).index_copy_(0, index, result.flatten(0, 1))
-        whole = whole.unflatten(0, shape)
+        whole = self._background(result[0], index, shape).index_copy_(0, index, result[0]).unflatten(0, shape)
         return whole if output is result else type(output)([whole, *output[1:]])
+
+    def _background(self, few: torch.Tensor, index: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """``[batch * rows, dim]``: what rows get that are left out, from what those got that passed, ``few [n, dim]``."""
+        batch, rows = shape
+        if self.schedule.fill == "nothing":
+            return few.new_zeros(shape.numel(), few.shape[-1])
+        counts = self._beyond_sinks(batch, rows, few.device).flatten()[index]
+        mine = (index // rows == torch.arange(batch, device=index.device)[:, None]) & counts
+        weights = mine / mine.sum(1, keepdim=True).clamp_min(1)
+        return (weights.to(few.dtype) @ few)[:, None].expand(-1, rows, -1).flatten(0, 1).contiguous()
+
+    def _beyond_sinks(self, batch: int, count: int, device: torch.device) -> torch.Tensor:
+        """bool ``[batch, count]``: rows that are no sinks. What an FFN gives to a sink says nothing of other rows."""
+        rows, sink = self.rows, self.schedule.sink
+        if rows.splice is not None:
+            assert rows.splice.rows is not None
+            return upload(rows.splice.rows.host >= sink, device).expand(batch, -1)
+        order = torch.arange(count, device=device).expand(batch, -1)
+        if rows.real is not None:
+            order = rows.real.to(device).cumsum(1) - 1
+        past: Any = rows.past if rows.past_real is None else rows.past_real.to(device)[:, None]
+        return order + past >= sink
 
     def norm(
         self, layer: int, original: Callable[..., Any], x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

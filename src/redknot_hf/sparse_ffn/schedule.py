@@ -17,6 +17,7 @@ from ..errors import RedKnotError, shorten
 __all__ = ["IMPORTANCES", "Band", "SparseFFNSchedule"]
 
 IMPORTANCES = ("received_attention", "attention_norm", "hidden_change")
+FILLS = ("nothing", "mean")
 _RULES = ("mass", "keep", "above_mean")
 
 
@@ -80,6 +81,8 @@ class SparseFFNSchedule:
             had; 0 looks at each layer alone, 1 sums all.
         neighbours: to the received attention of a row so much of that of the row before and of the row after it is added:
             what follows tends to look beside where the last queries looked.
+        fill: what a row that is left out gets from the FFN. "nothing": it keeps its residual; "mean": the mean of what the
+            FFN gives to the rows of its sequence that pass, sinks apart.
         choose_every: of the layers in which importance has a say, the first measures it for so many of them; 1 measures
             in each.
         bucket: kept rows of each sequence are rounded up to a multiple of this, with the next rows in importance, and
@@ -105,6 +108,7 @@ class SparseFFNSchedule:
     query_block: int = 64
     memory: float = 0.0
     neighbours: float = 0.0
+    fill: str = "nothing"
     choose_every: int = 1
     bucket: int = 64
     min_rows: int = 256
@@ -131,6 +135,8 @@ class SparseFFNSchedule:
             value, least = getattr(self, name), int(name in ("query_block", "choose_every", "bucket"))
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise RedKnotError(f"{name}={shorten(value)}: expected a whole number, {least} or more")
+        if self.fill not in FILLS:
+            raise RedKnotError(f"fill={shorten(self.fill)}: expected one of {', '.join(map(repr, FILLS))}")
         _check_number("memory", self.memory, 1.0)
         _check_number("neighbours", self.neighbours, 1.0)
         if not callable(self.importance) and self.importance not in IMPORTANCES:

@@ -43,6 +43,7 @@ class Block:
         ffn_first: the FFN runs before the mixer.
         norm: name of the child that norms rows for the FFN and for nothing else, so that it too can do with the rows that
             pass; "" where there is none.
+        adds: the residual gets what the FFN gives, at most times a number; False where it is normed first.
     """
 
     index: int
@@ -52,6 +53,7 @@ class Block:
     parallel: bool
     ffn_first: bool
     norm: str = ""
+    adds: bool = False
 
 
 def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
@@ -203,7 +205,7 @@ def _examine(index: int, seen: _Seen) -> dict[str, Any]:
             (ffn if _is_by_row(call, rows.shape[:2]) else mixers).append(child)
     ffn.sort(key=lambda child: seen.calls[child].order)
     if not ffn:
-        return {"ffn": (), "mixers": tuple(mixers), "parallel": False, "ffn_first": False, "norm": ""}
+        return {"ffn": (), "mixers": tuple(mixers), "parallel": False, "ffn_first": False}
     without = _without_ffn(seen, ffn)
     before = [call.input for call in seen.calls.values() if call.input is not None]
     full = first_of(seen.output)
@@ -218,7 +220,11 @@ def _examine(index: int, seen: _Seen) -> dict[str, Any]:
         )
     first = bool(mixers) and seen.calls[ffn[0]].order < min(seen.calls[mixer].order for mixer in mixers)
     norm = "" if parallel or len(ffn) > 1 else _norm_of(seen, ffn[0], mixers, rows.shape[:2])
-    return {"ffn": tuple(ffn), "mixers": tuple(mixers), "parallel": parallel, "ffn_first": first, "norm": norm}
+    half = _without_ffn(seen, ffn, 0.5)
+    adds = _is_residual(half, (full + without) / 2, without)
+    return {
+        "ffn": tuple(ffn), "mixers": tuple(mixers), "parallel": parallel, "ffn_first": first, "norm": norm, "adds": adds,
+    }  # fmt: skip
 
 
 def _norm_of(seen: _Seen, ffn: str, mixers: list[str], shape: torch.Size) -> str:
@@ -307,19 +313,19 @@ def gathered_rows(value: Any, index: torch.Tensor, shape: torch.Size | tuple[int
     return value
 
 
-def _without_ffn(seen: _Seen, ffn: list[str]) -> Any:
+def _without_ffn(seen: _Seen, ffn: list[str], share: float = 0.0) -> Any:
+    """The layer's output with ``share`` of what its FFN gives."""
     with contextlib.ExitStack() as stack:
         for name in ffn:
-            stack.enter_context(_zeroed(seen.calls[name].child))
+            stack.enter_context(_scaled(seen.calls[name].child, share))
         return first_of(seen.layer(*seen.args, **seen.kwargs))
 
 
 @contextlib.contextmanager
-def _zeroed(module: torch.nn.Module) -> Iterator[None]:
+def _scaled(module: torch.nn.Module, share: float) -> Iterator[None]:
     def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, torch.Tensor):
-            return torch.zeros_like(output)
-        return type(output)([torch.zeros_like(output[0]), *output[1:]])
+        part = torch.zeros_like(first_of(output)) if share == 0 else first_of(output) * share
+        return part if isinstance(output, torch.Tensor) else type(output)([part, *output[1:]])
 
     handle = module.register_forward_hook(hook)
     try:
