@@ -394,7 +394,7 @@ def test_every_cache_gives_the_same(importance):
 
 
 @pytest.mark.parametrize("importance", ["received_attention", "attention_norm"])
-@pytest.mark.parametrize("rule", [dict(keep=0.4), dict(keep=None, mass=0.6)])
+@pytest.mark.parametrize("rule", [dict(keep=0.4), dict(keep=None, mass=0.6), dict(keep=0.4, fill="mean")])
 def test_a_padded_row_is_that_row_alone(importance, rule):
     model, ids = tiny("llama"), tokens(2, 50)
     profile = HeadProfile.uniform(model.config, sink=3, window=12, global_heads=0.5)
