@@ -2,7 +2,7 @@
 
     python benchmarks/kvpress/compare.py benchmarks/results/kvpress
 
-Reads ours.jsonl and kvpress.jsonl there (each may be several runs' files joined), checks that they are of the same
+Reads ours.jsonl and kvpress.jsonl there (or .jsonl.gz; each may be several runs' files joined), checks that they are of the same
 prompts, and writes results.csv, results.json and table.md. Accuracy with Wilson's 95 % interval, KL with a bootstrap's.
 "difference" is ours minus the other's on the same prompts, with a bootstrap interval: where it excludes 0 one of the two
 is ahead. The first table compares at equal allocated bytes: a press that masks keys but keeps them is compared with ours
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gzip
 import json
 import random
 import statistics
@@ -27,7 +28,9 @@ OURS = "ours"
 
 def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Header and rows. Of joined files: the first header, with the devices and commands of all."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    packed = path.with_name(f"{path.name}.gz")
+    text = gzip.decompress(packed.read_bytes()).decode() if packed.exists() else path.read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     heads = [line for line in lines if "prompts" in line]
     for head in heads:
         for what in ("prompts", "profile", "dtype", "versions"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +44,49 @@ def test_a_loss_is_called_one(compare):
     assert "hit_ahead" not in of["better", "text"]
     text = compare.markdown(found, [], [])
     assert text.count("theirs") == 5 and "| better | 50% | 50% | 1.00 [0.76, 1.00]" in text
+
+
+def test_equal_bytes_are_those_that_a_press_allocates(compare):
+    """A press that cuts meets ours at its level; one that only masks meets ours at the dense bytes. A loss is in bold."""
+    measured = (
+        rows("ours", 0.5, 0.2, False, 50) + rows("ours", 1.0, 0.0, True, 99)
+        + rows("cuts", 0.5, 0.1, True, 50) + rows("masks", 0.5, 0.1, False, 100)
+    )  # fmt: skip
+    found = {(e["press"], e["measure"]): e for e in compare.equal_bytes(measured)}
+    assert len(found) == 2 * 5
+    cut, masked = found["cuts", "text KL"], found["masks", "text KL"]
+    assert (cut["allocated_ours"], cut["allocated"], cut["ahead"]) == (0.5, 0.5, "theirs") and not cut[
+        "at_least_as_good"
+    ]
+    assert (masked["allocated_ours"], masked["allocated"], masked["ahead"]) == (0.99, 1.0, "ours")
+    assert cut["ours"] - cut["theirs"] == pytest.approx(0.1) and masked["ours"] - masked["theirs"] == pytest.approx(
+        -0.1
+    )
+    lines = compare.bar(list(found.values()))
+    assert sum(line.count("**0.") for line in lines) == 5  # every measure against "cuts"
+    assert "is at least as good by the mean in 5; in 5 of the other 5" in "\n".join(lines)
+
+
+def test_joined_files_must_be_of_one_profile_and_dtype(compare, tmp_path):
+    heads = [{"prompts": "a", "profile": name, "device": name, "command": f"run {name}"} for name in "xxy"]
+    row = {"task": "ppl", "index": 0}
+    text = "\n".join(json.dumps(line) for line in (heads[0], row, heads[1], row))
+    (tmp_path / "ours.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    head, found = compare.load(tmp_path / "ours.jsonl")
+    assert head["command"] == "run x" and found == [row, row]
+    (tmp_path / "kvpress.jsonl").write_text("\n".join(json.dumps(line) for line in (*heads, row)))
+    with pytest.raises(SystemExit, match="different profile"):
+        compare.load(tmp_path / "kvpress.jsonl")
+
+
+def test_the_table_is_of_the_committed_rows(compare, tmp_path, monkeypatch):
+    committed = ROOT / "benchmarks" / "results" / "kvpress"
+    shutil.copytree(committed, tmp_path / "kvpress")
+    (tmp_path / "kvpress" / "table.md").unlink()
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "kvpress")])
+    compare.main()
+    for name in ("table.md", "results.csv", "results.json"):
+        assert (tmp_path / "kvpress" / name).read_text() == (committed / name).read_text(), name
 
 
 def test_prompts_must_be_the_same(compare, tmp_path, monkeypatch):
