@@ -101,8 +101,8 @@ def choose_ours(
     """Our maps at every budget and mode, saved as profiles too."""
     load = calibration.load
     known: dict[Any, Any] = {}
-    for budget in budgets or args.budgets:
-        for mode in args.modes:
+    for mode in args.modes:
+        for budget in budgets or args.budgets:
             if log.seconds > args.max_seconds:
                 return
             search = remembering(known, search_on(

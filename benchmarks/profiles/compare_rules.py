@@ -50,7 +50,7 @@ from redknot_hf.heads.profiler.visibility import HeadMap
 
 KINDS = ("passkey", "number", "lookup")
 FIRST = ("all global", "all local", "ours")
-VARIANTS: dict[str, Objective] = {}
+VARIANTS = {"ours, text first": Objective(needle_kl=0.25, needle_misses=0.05)}
 """Ours with other weights, by the name of the row."""
 MAIN = ("gates", "ablation", "ablation (text)", "retrieval score", "output error (text)", "attention mass", "random 1")
 """Rules that are evaluated before the others where time may end."""
@@ -224,6 +224,8 @@ class Comparison:
         if window == self.args.windows[0]:
             paths = [path for path in self.args.profile if f"profile {path.stem}" not in known]
             self.maps += [given(path, window, mode) for path in paths for mode in self.args.modes]
+            for mode in self.args.modes:
+                self.evaluate([e for e in self.maps if e["mode"] == mode and e["rule"].startswith("profile ")], mode)
         self.save_maps()
         for found in choose_ours(*parts):
             self.maps.append(found)

@@ -28,12 +28,13 @@ class Objective:
     Attributes:
         text_kl: of the KL on text, nats per token.
         needle_kl: of the KL at answers, nats per token.
-        needle_misses: of the share of answers lost. 0.5: two per cent of the answers are worth 0.01 nats on text.
+        needle_misses: of the share of answers lost. 0.2: five per cent of the answers are worth 0.01 nats on text. At 0.5
+            a search over 80 retrieval prompts of a 135M model gave up a fifth of the text for answers it did not find.
     """
 
     text_kl: float = 1.0
     needle_kl: float = 0.5
-    needle_misses: float = 0.5
+    needle_misses: float = 0.2
 
     def total(self, terms: Tensor) -> Tensor:
         """`[..., 3]` terms in the order of `TERMS` to `[...]`."""
