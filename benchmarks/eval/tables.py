@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from redknot_hf import HeadProfile
 from redknot_hf.eval.report import plot, summarise, write_csv, write_json
 from redknot_hf.eval.tasks import TASKS
 
@@ -94,6 +96,15 @@ def below(entries: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def whose(digest: str) -> str:
+    """Which profile the rows are of, as seen from today's package: a newer one may be shipped than was measured."""
+    shipped = HeadProfile.load("SmolLM2-135M-Instruct")
+    cells = json.dumps([shipped.head_class, shipped.sink, shipped.window])
+    if hashlib.sha256(cells.encode()).hexdigest()[:16] == digest:
+        return "the shipped profile"
+    return f"an earlier shipped profile ({digest}; not the one that is shipped now)"
+
+
 def in_order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """By length, then by task as `TASKS` lists them, whatever order the runs had."""
     tasks = list(TASKS)
@@ -112,7 +123,8 @@ def section(name: str, head: dict[str, Any], entries: list[dict[str, Any]], lack
     lines = [
         f"### {head['model']}, {head['device']}, prefill={settings['prefill']}",
         "",
-        f"n = {n} prompts per cell{few}{draws}, {head['dtype']}, page size {settings['page_size']}, "
+        f"Ours: {whose(head['profile'])}. n = {n} prompts per cell{few}{draws}, {head['dtype']}, "
+        f"page size {settings['page_size']}, "
         f"seed {settings['seed']}; {versions}. Share found with its 95 % interval; perplexity with KL to the full cache in "
         f"nats per token. Haystacks: {'the text given' if settings['texts'] else 'made-up prose'}.",
         "",
@@ -187,6 +199,8 @@ def results() -> str:
             "",
             (RESULTS / "kvpress" / "notes.md").read_text().strip(),
             "",
+            f"Ours was measured with {whose(json.loads((RESULTS / 'kvpress' / 'results.json').read_text())['ours']['profile'])}.",
+            "",
             table.read_text(),
         ]
     return "\n".join(lines).rstrip() + "\n"
@@ -219,7 +233,7 @@ def readme_table() -> str:
         lines.append(f"| {title} | " + " | ".join(cell(task, m, "value", ".2f") for m in methods) + " |")
     n, versions = max(e["n"] for e in entries if e["method"] == "full"), head["versions"]
     where = (
-        f"{head['model']}, {head['dtype']}, n = {n}, {head['device']}; "
+        f"Ours: {whose(head['profile'])}. {head['model']}, {head['dtype']}, n = {n}, {head['device']}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f". From `benchmarks/results/eval/{README_FOLDER}/rows.jsonl.gz`; command: `redknot eval MODEL --contexts 2k,4k "
         f"--n {n} --texts wikitext-2-test.txt.gz --data hotpotqa_distractor_sample100.jsonl.gz`."
