@@ -210,7 +210,12 @@ def main() -> int:
             "",
             "Made by `redknot bench`. Peak: what the device allocator held beyond the weights, whole batch. Fit: sequences by "
             "bytes in nine tenths of the memory. Agrees: greedy tokens that are DynamicCache's; that of random weights says "
-            "nothing of quality, and a head profile is approximate.",
+            "nothing of quality, and a head profile is approximate."
+            + (
+                " The command has not been run on a GPU yet; what its caches do there is above, by another script."
+                if all(path.parent.name == "cpu" for path in measured)
+                else ""
+            ),
             "",
         ]
         for path in measured:
