@@ -7,6 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..memory import MemoryReport
+from ..paging.resident import FetchCounts
 from .ranks import Ranks
 
 if TYPE_CHECKING:
@@ -48,12 +49,19 @@ def world_report(cache: RedKnotCache, *, group: Any = None) -> WorldReport:
         RedKnotError: the ranks cannot talk to each other.
     """
     ranks = Ranks.of(cache.tp_rank, cache.tp_size, group)
-    reports = [MemoryReport(**said) for said in ranks.exchange(asdict(cache.memory_report()))]
+    reports = [_report(said) for said in ranks.exchange(asdict(cache.memory_report()))]
     summed: dict[str, Any] = {}
     for name in asdict(reports[0]):
         parts = [getattr(report, name) for report in reports]
         if isinstance(parts[0], list):
             summed[name] = [list(chain.from_iterable(rows)) for rows in zip(*parts, strict=True)]
         else:
-            summed[name] = sum(parts)
+            counted = [part for part in parts if part is not None]  # what only some kinds of heads count
+            summed[name] = sum(counted[1:], counted[0]) if counted else None
     return WorldReport(reports, MemoryReport(**summed))
+
+
+def _report(said: dict[str, Any]) -> MemoryReport:
+    """A report as `asdict` took it apart."""
+    far = said.get("far")
+    return MemoryReport(**{**said, "far": None if far is None else FetchCounts(**far)})
