@@ -71,7 +71,7 @@ def profile_heads(
             search ends in it; scores and all else are of eviction after the prefill.
         context: tokens per calibration context.
         seed: of prompts, prose and sketches; equal seeds give equal profiles on one machine.
-        gate_steps: of Adam; None for what the device does in time (24 on a CPU; 80 on a GPU, 16 there from 1B on).
+        gate_steps: of Adam; None for what the device does in time (32 on a CPU; 80 on a GPU, 16 there from 1B on).
         gate_weight: of the KL against the mean gate; more keeps more heads.
         samples: retrieval prompts; None for what the device does in minutes (9 on a CPU, where three share a context; 40 on
             a GPU, 24 there from 1B on).

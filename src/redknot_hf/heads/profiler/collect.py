@@ -87,9 +87,9 @@ def workload(device: torch.device, context: int, samples: int | None, parameters
         n = 9 if samples is None else samples
         return Workload(
             needles=n, texts=max(1, n // 3), held_needles=n, held_texts=max(1, n // 4), together=3, rows=64,
-            text_sketches=8, needle_sketches=4, gate_steps=24, batch=1,
+            text_sketches=8, needle_sketches=4, gate_steps=32, batch=1,
             search_needles=0, search_texts=0, search_rows=64, rounds=2, lengths=(2, 6, 16), singles=2, search_sketches=1,
-            deployed=False, finalists=1, deployed_rounds=0, kinds=NEEDLE_KINDS[:3],
+            deployed=False, finalists=1, deployed_rounds=0, kinds=NEEDLE_KINDS,
         )  # fmt: skip
     large = parameters >= _LARGE
     n = (24 if large else 40) if samples is None else samples
