@@ -27,8 +27,17 @@ __all__ = ["FetchCounts", "ResidentPages"]
 
 _workers: dict[torch.device, tuple[ThreadPoolExecutor, torch.cuda.Stream | None]] = {}
 _workers_lock = threading.Lock()
-if hasattr(os, "register_at_fork"):  # threads do not survive in a child process; it starts its own
-    os.register_at_fork(after_in_child=_workers.clear)
+
+
+def _after_fork() -> None:
+    """Threads do not survive in a child process, which starts its own; the lock may have been held by one of them."""
+    global _workers_lock
+    _workers_lock = threading.Lock()
+    _workers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 # Whether a GPU reads page-locked pages itself, instead of a thread gathering them on the host first.
 DIRECT = False
@@ -91,6 +100,7 @@ class ResidentPages:
         self._wanted_at = np.zeros((heads, 0), np.int64)
         self._clock = 0
         self._coming: tuple[Any, np.ndarray, np.ndarray, Any] | None = None  # job or event, heads, pages, what is read
+        self._process = os.getpid()  # whose thread that is
 
     def _room(self, slots: int, size: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
         with torch.inference_mode(False):  # steps of any mode write into it
@@ -221,7 +231,7 @@ class ResidentPages:
             except (RuntimeError, MemoryError) as error:
                 done.set_exception(error)
         else:
-            done = worker.submit(_copy, *job)
+            done, self._process = worker.submit(_copy, *job), os.getpid()
         self._coming = done, head, page, None
 
     def _read_directly(
@@ -238,12 +248,14 @@ class ResidentPages:
             return
         (job, head, page, _), self._coming = self._coming, None
         try:
+            if isinstance(job, Future) and not job.done() and self._process != os.getpid():
+                raise MemoryError("the thread that fetched is in the process that this one was forked from")
             done = job.result() if isinstance(job, Future) else job
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            slot = self._slot_of[head, page]  # no memory to fetch ahead: as if it had not been tried
+        except BaseException as error:
+            slot = self._slot_of[head, page]  # as if it had not been tried: nobody may read what did not come
             self._page_in[head, slot] = self._slot_of[head, page] = -1
+            if not isinstance(error, Exception) or not _is_out_of_memory(error):
+                raise
             return
         if done is not None:
             torch.cuda.current_stream(self.device).wait_event(done)
