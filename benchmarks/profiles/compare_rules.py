@@ -50,7 +50,7 @@ from redknot_hf.heads.profiler.visibility import HeadMap
 
 KINDS = ("passkey", "number", "lookup")
 FIRST = ("all global", "all local", "ours")
-VARIANTS = {"ours, text first": Objective(needle_kl=0.25, needle_misses=0.05)}
+VARIANTS: dict[str, Objective] = {}
 """Ours with other weights, by the name of the row."""
 MAIN = ("gates", "ablation", "ablation (text)", "retrieval score", "output error (text)", "attention mass", "random 1")
 """Rules that are evaluated before the others where time may end."""

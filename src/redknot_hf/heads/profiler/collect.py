@@ -99,9 +99,9 @@ def workload(device: torch.device, context: int, samples: int | None, parameters
         rows=64 if large else 128,
         text_sketches=8 if large else 16, needle_sketches=4 if large else 8, gate_steps=16 if large else 80,
         batch=max(1, min(24, 49_152 // context)),
-        search_needles=0 if large else 2 * n, search_texts=0 if large else 3 * half, search_rows=64 if large else 128,
+        search_needles=0 if large else 2 * n, search_texts=0 if large else 2 * half, search_rows=64 if large else 128,
         rounds=2 if large else 4, lengths=(1, 2, 4, 8, 16) if large else (1, 2, 3, 4, 6, 8, 12, 16, 24),
-        singles=6 if large else 8, search_sketches=2, deployed=True, finalists=2 if large else 4,
+        singles=6 if large else 12, search_sketches=2 if large else 4, deployed=True, finalists=2 if large else 4,
         deployed_rounds=0 if large else 2, kinds=NEEDLE_KINDS,
     )  # fmt: skip
 
