@@ -11,7 +11,6 @@ with
     kept         as many pages as a step reads stay on the device (``resident_pages=0``)
     ahead x2     twice as many stay, and likely ones are fetched ahead of the step (the default)
     ahead x4     four times as many
-    ..., direct  the GPU reads page-locked pages itself, instead of a host thread gathering them
     global       for comparison: every token on the device, no cold tier
 
 All but the first and the last must give the same logits, bit by bit. A step is timed from its call to the end of its work
@@ -65,7 +64,6 @@ def main() -> int:
 
     import redknot_hf
     from redknot_hf import HeadProfile, RedKnotCache
-    from redknot_hf.paging import resident
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype)
@@ -80,8 +78,6 @@ def main() -> int:
         "ahead x2": (retrieval, {**options, "retrieve": pick}),
         "kept": (retrieval, {**options, "retrieve": pick, "resident_pages": 0}),
         "none kept": (retrieval, {**options, "retrieve": pick, "resident_pages": 0}),
-        "ahead x2, direct": (retrieval, {**options, "retrieve": pick}),
-        "none kept, direct": (retrieval, {**options, "retrieve": pick, "resident_pages": 0}),
         "ahead x4": (retrieval, {**options, "retrieve": pick, "resident_pages": wide}),
         "global": (HeadProfile.all_global(config), {"page_size": args.page_size}),
         "fetch all": (retrieval, options),
@@ -99,8 +95,7 @@ def main() -> int:
         if (args.arms and not any(word in arm for word in args.arms.split(","))) or (arm == "ahead x4" and not wide):
             continue
         gc.collect()
-        resident.DIRECT = "direct" in arm and device == "cuda"
-        row, logits = measure(model, RedKnotCache(config, profile, **given), ids, args, forget="none kept" in arm)
+        row, logits = measure(model, RedKnotCache(config, profile, **given), ids, args, forget=arm == "none kept")
         if "retrieve" in given:
             reference = logits if reference is None else reference
             assert torch.equal(logits, reference), f"{arm}: other logits than the first arm"

@@ -14,7 +14,6 @@ from session_helpers import prompt, steps_on, tiny_model
 from test_cold import all_kept, retrieval_profile
 
 from redknot_hf import HeadProfile, RedKnotCache
-from redknot_hf.paging import resident
 from redknot_hf.paging.frozen import FrozenPages
 from redknot_hf.prefix import compress_prefix
 from redknot_hf.sessions.sleep import SleepingPages
@@ -92,11 +91,10 @@ def test_the_same_pages_are_picked_as_on_the_cpu(model):
     assert_same(found[0][0], found[1][0])
 
 
-@pytest.mark.parametrize(("kind", "direct"), [("cpu", False), ("cpu", True), ("disk", False)])
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
 @pytest.mark.parametrize("retrieve", [3, 0.8])
-def test_fetched_ahead_or_late_the_numbers_are_the_same(model, kind, direct, retrieve, monkeypatch):
+def test_fetched_ahead_or_late_the_numbers_are_the_same(model, kind, retrieve):
     """Streams order what is fetched ahead, what is fetched late and what is read, however busy the device is."""
-    monkeypatch.setattr(resident, "DIRECT", direct)
     profile = retrieval_profile(model.config)
     found, counts = [], []
     for budget in (None, 0, 5, 1000):

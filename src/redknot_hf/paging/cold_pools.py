@@ -31,8 +31,6 @@ class HostPool(PagePool):
         super().__init__(*args, **options)
 
     def _slab(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        if self.pinned:  # a device may still read the slabs that are replaced now
-            torch.cuda.synchronize()
         return torch.zeros(rows, self.page_size, dim, dtype=dtype, pin_memory=self.pinned)
 
 

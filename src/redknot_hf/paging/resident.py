@@ -16,7 +16,6 @@ import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,9 +37,6 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-# Whether a GPU reads page-locked pages itself, instead of a thread gathering them on the host first.
-DIRECT = False
 
 _KEPT = np.iinfo(np.int64).max
 
@@ -99,7 +95,7 @@ class ResidentPages:
         self._page_in = np.full((heads, 0), -1, np.int64)  # of every slot
         self._wanted_at = np.zeros((heads, 0), np.int64)
         self._clock = 0
-        self._coming: tuple[Any, np.ndarray, np.ndarray, Any] | None = None  # job or event, heads, pages, what is read
+        self._coming: tuple[Future, np.ndarray, np.ndarray] | None = None  # job, heads, pages
         self._process = os.getpid()  # whose thread that is
 
     def _room(self, slots: int, size: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -176,12 +172,6 @@ class ResidentPages:
         for half, pages in ((self.k, k), (self.v, v)):
             half.flatten(0, 1).index_copy_(0, index, pages)
 
-    def fill_directly(
-        self, slabs: tuple[torch.Tensor, torch.Tensor], numbers: np.ndarray, placed: tuple[np.ndarray, ...]
-    ) -> None:
-        """Pages ``numbers`` of page-locked slabs into the slots ``placed``, read by the device itself."""
-        self._read_directly(slabs, numbers, placed[0], placed[2])
-
     def read(self, heads: np.ndarray, pages: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages ``[h, n]`` of ``heads [h]``, all of them here: two ``[1, h, n * page_size, dim]``."""
         slot = self._slot_of[heads[:, None], pages] + heads[:, None] * self.slots
@@ -205,7 +195,7 @@ class ResidentPages:
         Whatever the stream of this device was told to do before is done first, so slots that it still reads are safe.
 
         Args:
-            way: who does it: ``"thread"``, ``"device"`` (slabs that are page-locked) or ``"now"``: at once, for the CPU.
+            way: ``"thread"``, or ``"now"``: at once, where nothing would overlap.
         """
         head, page, slot = placed
         ready = stream = None
@@ -215,13 +205,6 @@ class ResidentPages:
             for half in (self.k, self.v):
                 half.record_stream(stream)  # its memory must not be given away before the copy is done
             ready = torch.cuda.current_stream(self.device).record_event()
-        if way == "device":
-            assert stream is not None and ready is not None
-            with torch.cuda.stream(stream):
-                stream.wait_event(ready)
-                self._read_directly(slabs, numbers, head, slot)
-                self._coming = stream.record_event(), head, page, slabs
-            return
         halves = self.k.flatten(0, 1), self.v.flatten(0, 1)
         job = slabs, torch.from_numpy(numbers), halves, torch.from_numpy(head * self.slots + slot), stream, ready
         if way == "now":
@@ -232,25 +215,17 @@ class ResidentPages:
                 done.set_exception(error)
         else:
             done, self._process = worker.submit(_copy, *job), os.getpid()
-        self._coming = done, head, page, None
-
-    def _read_directly(
-        self, slabs: tuple[torch.Tensor, torch.Tensor], numbers: np.ndarray, head: np.ndarray, slot: np.ndarray
-    ) -> None:
-        from ._fetch_triton import fetch
-
-        moves = upload(np.stack([numbers, head * self.slots + slot]), self.device)
-        fetch(*slabs, moves, self.k.flatten(0, 1), self.v.flatten(0, 1))
+        self._coming = done, head, page
 
     def _arrive(self) -> None:
         """Wait for what was fetched ahead; usually it has come long ago."""
         if self._coming is None:
             return
-        (job, head, page, _), self._coming = self._coming, None
+        (job, head, page), self._coming = self._coming, None
         try:
-            if isinstance(job, Future) and not job.done() and self._process != os.getpid():
+            if not job.done() and self._process != os.getpid():
                 raise MemoryError("the thread that fetched is in the process that this one was forked from")
-            done = job.result() if isinstance(job, Future) else job
+            done = job.result()
         except BaseException as error:
             slot = self._slot_of[head, page]  # as if it had not been tried: nobody may read what did not come
             self._page_in[head, slot] = self._slot_of[head, page] = -1

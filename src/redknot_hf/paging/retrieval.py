@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from . import resident, torch_attention
+from . import torch_attention
 from .bounds import PICKED, RUNNER_UP, PageBounds, rank_pages, upper_bounds
 from .cold_pools import FilePool, side_stream, upload_pages
 from .pages import LayerPages
@@ -166,10 +166,6 @@ class FarHeads:
         self._count(asked=asked, found=asked - late, late=late)
         if late:
             head, page, slot = here.place(missing, chosen)
-            source = self.pages.settled(self.pages.lag).pool
-            if self._way(source) == "device":
-                here.fill_directly((source.k, source.v), table[head, page], (head, page, slot))
-                return here
             k, v = self._fetch(table[head, page][None])
             size = (late, pool.page_size, -1)
             here.fill(head, slot, k.view(size), v.view(size))
@@ -188,9 +184,9 @@ class FarHeads:
 
     def _way(self, source: PagePool) -> str:
         """Who brings pages ahead of a step; see `ResidentPages.bring`."""
-        if self.pages.pool.k.device.type == "cpu":
-            return "thread" if isinstance(source, FilePool) else "now"  # a file may have to be read first
-        return "device" if resident.DIRECT and getattr(source, "pinned", False) else "thread"
+        if self.pages.pool.k.device.type != "cpu" or isinstance(source, FilePool):  # a file may have to be read first
+            return "thread"
+        return "now"
 
     def _count(self, asked: int = 0, found: int = 0, late: int = 0, ahead: int = 0) -> None:
         counts = self.counts
