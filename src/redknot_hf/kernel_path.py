@@ -147,10 +147,11 @@ class KernelLayer:
                 0 if aux is None else aux.data_ptr(),
             )  # fmt: skip
             # what the launches were worked out from; the addresses of the pages stand for the pool, which may grow
+            odd = (moving[0] | moving[1] | moving[2] | moving[5]) % 16  # which of them, matters only then
             form = (
                 q.shape, q.stride(), q.dtype, k.stride(), v.shape, v.stride(), v.dtype, scale, softcap, model_window,
                 exact, rows[0].data_ptr(), rows[1].data_ptr(), pool.num_pages,
-                (moving[0] | moving[1] | moving[2] | moving[5]) % 16,
+                None if aux is None else aux.stride(), odd and tuple(address % 16 for address in moving),
             )  # fmt: skip
             if self.replay is not None and form == self.form:
                 if lengths.watched is None:

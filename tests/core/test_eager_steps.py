@@ -148,6 +148,44 @@ def test_a_step_is_recorded_again_when_what_it_was_made_from_changes(llama, requ
     assert made["repeated"] and made["recorded"] > 3 * LAYERS, made
 
 
+def one_step(layer, moved="", s_aux=None):
+    """The output of a token behind three others; ``moved``: which of k, v and q does not begin at a multiple of 16 bytes."""
+    lengths = kernel_path.Lengths(torch.tensor([3], dtype=torch.int32), torch.tensor([4], dtype=torch.int32), None)
+    generator = torch.Generator().manual_seed(1)
+    parts = []
+    for name, heads in (("k", 2), ("v", 2), ("q", 4)):
+        memory = torch.zeros(heads * 16 + 8)
+        first = -memory.data_ptr() % 16 // 4 + (name in moved)
+        parts.append(memory[first : first + heads * 16].view(1, heads, 1, 16))
+        parts[-1].copy_(torch.randn(parts[-1].shape, generator=generator))
+    return layer.step_one(*parts, 0.3, 0.0, s_aux, 0, lengths)
+
+
+@pytest.mark.parametrize(
+    "first, then",
+    [
+        ({"moved": "k"}, {"moved": "v"}),  # the bits that addresses have together are the same
+        ({"moved": "kv"}, {"moved": "vq"}),
+        ({}, {"s_aux": torch.tensor([3.0, 1.0, 0.0, 2.0])}),
+        ({"s_aux": torch.tensor([3.0, 1.0, 0.0, 2.0])}, {}),
+    ],
+)
+def test_launches_for_other_alignment_or_sinks_are_not_repeated(replays, first, then):
+    pool = PagePool(16, 16, 16, torch.float32, torch.device("cpu"))
+    pages = LayerPages(pool, np.zeros(2, np.int64), np.full(2, 1 << 30), 1, 0)
+    pages.prepare(np.full(1, 8))
+    layer = kernel_path.KernelLayer(pages)
+    one_step(layer)  # arguments are checked
+    one_step(layer, **first)
+    assert (replays["recorded"], replays["repeated"]) == (1, 0)
+    one_step(layer, **first)
+    assert (replays["recorded"], replays["repeated"]) == (1, 1)
+    got = one_step(layer, **then)
+    assert (replays["recorded"], replays["repeated"]) == (2, 1)
+    fresh = kernel_path.KernelLayer(pages)
+    torch.testing.assert_close(got, one_step(fresh, **then), atol=0, rtol=0)
+
+
 def test_the_static_form_repeats_its_steps_too(llama, replays):
     """Uncompiled; after a reset, too. What the growing form gives, without the kernels, is right."""
     cache = mixed_cache(llama, page_size=16, max_cache_len=80)
