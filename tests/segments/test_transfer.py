@@ -204,8 +204,25 @@ def test_an_entry_that_is_copied_to_another_store_forgets_its_file(tmp_path):
     assert memory.get(keys[0]).source is None
 
 
+@pytest.mark.parametrize("late_word", [False, True])
 @pytest.mark.parametrize("damaged", [None, 1])
-def test_hashes_of_the_gpu_are_compared(tmp_path, monkeypatch, damaged):
+def test_hashes_of_the_gpu_are_compared(tmp_path, monkeypatch, damaged, late_word):
+    if late_word:  # a worker that has sent the last run of an entry says so only while the hashes are being compared
+        done, compare, last = Upload._done, Upload._compare, {}
+
+        def remember(self, run, content):
+            last[run.entry] = run, content
+            done(self, run, content)
+
+        def compare_after(self, entry, check, leaves):
+            if check is not None:
+                with self._ready:
+                    self._of_entry[entry] += 1
+                done(self, *last[entry])
+            compare(self, entry, check, leaves)
+
+        monkeypatch.setattr(Upload, "_done", remember)
+        monkeypatch.setattr(Upload, "_compare", compare_after)
     asked = []
 
     def hashed(tensors, piece_bytes):

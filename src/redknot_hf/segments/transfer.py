@@ -89,6 +89,7 @@ class Upload:
         for run in runs:
             self._left[run.layer] += 1
             self._of_entry[run.entry] += 1
+        self._hashed_on_gpu = frozenset(self._checks_on_gpu)  # who sends may look here after the last check has begun
         self._ready = threading.Condition()
         self._error: BaseException | None = None
         self._stream = torch.cuda.Stream(self.device)
@@ -134,9 +135,8 @@ class Upload:
             with self._ready:
                 self._error = error
                 self._ready.notify_all()
-            for verdict in self.verdicts:
-                if verdict is not None and not verdict.done():
-                    verdict.set_exception(error)
+            for number in range(len(self.verdicts)):
+                self._judge(number, error)
 
     def _send(self) -> bool:
         """Whether this worker has sent the last run of all."""
@@ -196,7 +196,7 @@ class Upload:
             self._hashes[run.entry].update(enumerate(hashes, run.leaf))
             self._of_entry[run.entry] -= 1
             last = not self._of_entry[run.entry]
-        if not last or run.entry in self._checks_on_gpu:
+        if not last or run.entry in self._hashed_on_gpu:
             return
         leaves = self._hashes[run.entry]
         self._checks.pop(run.entry, None)  # it holds the entry's file mapped
