@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--first-layer", type=int, help="first layer that may be sparse (default: the last third)")
     parser.add_argument("--singles", type=Path, help="chosen.json of an earlier run, whose step 1 is taken over")
     parser.add_argument("--search-seconds", type=float, default=20, help="for each share of --rows")
+    parser.add_argument("--only", nargs="+", help="of step 4: schedules whose names end with one of these")
     parser.add_argument("--batch-tokens", type=int, default=32768)
     parser.add_argument("--max-seconds", type=float, default=1e9, help="start no batch after this time")
     args = parser.parse_args()
@@ -209,6 +210,8 @@ def main() -> None:
                     keeps, layers, **{**options, "fill": "nothing"}
                 )
     table["last layer only"] = schedule({layers - 1: 0.0}, layers)
+    if args.only:
+        table = {name: plan for name, plan in table.items() if name.endswith(tuple(args.only))}
     rows = check(args, replay, tokenizer, texts, table, start, say)
     result = summary(rows, args.contexts, ["dense", *table])
     for entry in result:
