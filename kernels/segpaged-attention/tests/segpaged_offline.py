@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from segpaged_attention import append_kernel, causal_kernel, decode_kernel, positions_kernel, prefill_kernel, tiles
+from segpaged_attention import append_kernel, decode_kernel, positions_kernel, prefill_kernel, tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-MODULES = (append_kernel, causal_kernel, decode_kernel, prefill_kernel, positions_kernel)
+MODULES = (append_kernel, decode_kernel, prefill_kernel, positions_kernel)
 SM90 = tiles.Device(processors=132, shared_memory=227 << 10, hopper=True)
 SM80 = tiles.Device(processors=108, shared_memory=163 << 10, hopper=False)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -26,11 +26,6 @@ from .tiles import (
     strides,
 )
 
-try:
-    from . import causal_kernel
-except (ImportError, AttributeError):  # Gluon is young: another version of triton may name things differently
-    causal_kernel = None  # type: ignore[assignment]
-
 
 @triton.jit
 def _load_chunk(
@@ -277,7 +272,6 @@ class PrefillConfig:
     tma: bool  # for the chunk's K and V
     past_tma: bool  # for pages
     splits: int = 1
-    overlap: bool = False  # `causal_kernel` where the chunk has no past
 
 
 def choose_config(
@@ -287,8 +281,9 @@ def choose_config(
 
     On an H200 with head_dim 128 in bfloat16, 128 x 128 tiles with 3 stages and 8 warps reach 560 to 580 TFLOP/s on global
     heads (they fill shared memory to 2 KB), and 64 x 64 with 4 warps are best for windows of a few hundred tokens and no
-    worse than others for 4096. Tried there without gain: 128 x 64 with two programs on a processor, and scaling down what
-    was summed up only when the maximum has grown much (a branch in the loop, 15 % slower).
+    worse than others for 4096. Tried there without gain: 128 x 64 with two programs on a processor, scaling down what was
+    summed up only when the maximum has grown much (a branch in the loop, 15 % slower), and a kernel in Gluon that computes
+    exponentials while the matrix unit multiplies the block before (9 % slower).
     """
     facts = device_of(device)
     bd = max(triton.next_power_of_2(head_dim), triton.next_power_of_2(v_dim))
@@ -303,9 +298,7 @@ def choose_config(
     stage = 2 * block_n * bd * dtype.itemsize
     buffers = max(1, min(3 if tma else 2, (facts.shared_memory - block_m * bd * dtype.itemsize - (2 << 10)) // stage))
     stages = buffers if facts.hopper else buffers + 1  # before Hopper a pipeline of n stages has n - 1 buffers
-    # OVERLAP: not chosen
-    overlap = False
-    return PrefillConfig(block_m, block_n, past_n, stages, warps, tma, tma and page_size >= 64, overlap=overlap)
+    return PrefillConfig(block_m, block_n, past_n, stages, warps, tma, tma and page_size >= 64)
 
 
 def choose_splits(device: torch.device, programs: int, past_len: int, block_n: int) -> int:
@@ -379,10 +372,6 @@ def prefill(
         # heads that keep everything, and nothing else that hides keys: the common case has a loop of its own
         causal = big and tma and model_window == 0 and softcap == 0 and q_start is None
         split = chosen.splits > 1
-        alone = causal and past_len == 0 and not split and s_aux is None  # the chunk, and nothing else
-        if alone and chosen.overlap and causal_kernel is not None:
-            causal_kernel.causal(q, k, v, head_order, num_heads, out, scale * LOG2E)
-            continue
         tiles = triton.cdiv(columns, chosen.block_m)
         scratch = (None, None, None)
         if split:
