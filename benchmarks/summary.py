@@ -1,8 +1,9 @@
 """One object per bar from the raw results of a device, and the table that the documentation shows.
 
 Reads what the benchmarks wrote below a results folder and writes ``summary.json`` (a list of objects ``bar, measured,
-target, unit, met, command, commit``) and ``summary.md``. A bar whose benchmark has not been run is listed as not measured:
-nothing is left out.
+target, unit, met, command, commit``, and ``reason`` for a miss) and ``summary.md``. A bar whose benchmark has not been run is
+listed as not measured: nothing is left out. Which commit each benchmark was run on, and why a bar is missed, is read from
+``notes.json`` there, which is written by hand.
 
     python benchmarks/summary.py benchmarks/results/h200
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,20 +119,25 @@ def profile_bars(result: Any) -> Iterator[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--commit", default=None, help="commit that was measured; default: the current one")
-    args = parser.parse_args()
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    commit = args.commit or head.stdout.strip()
-    folder = args.results
+    folder = parser.parse_args().results
     kernels = load(folder / "kernels" / "results.json")
-    bars = [
-        *kernel_bars(load(folder / "kernels" / "bars.json"), (kernels or {}).get("about")),
-        *decode_bars(load(folder / "decode.json")),
-        *reuse_bars(load(folder / "reuse" / "ttft_llama-8b_cuda_32824.json")),
-        *profile_bars(load(folder / "profile_8b.json")),
-    ]
-    for one in bars:
-        one["commit"] = commit
+    notes = load(folder / "notes.json")
+    parts = {
+        "kernels": kernel_bars(load(folder / "kernels" / "bars.json"), (kernels or {}).get("about")),
+        "decode": decode_bars(load(folder / "decode.json")),
+        "reuse": reuse_bars(load(folder / "reuse" / "ttft_llama-8b_cuda_32824.json")),
+        "profile": profile_bars(load(folder / "profile_8b.json")),
+    }
+    bars = []
+    for part, found in parts.items():
+        for one in found:
+            one["commit"] = notes["commits"][part]
+            if one["met"] is False:
+                if one["bar"] not in notes["misses"]:
+                    print(f"say in {folder / 'notes.json'} why this bar is missed: {one['bar']}", file=sys.stderr)
+                    return 1
+                one["reason"] = notes["misses"][one["bar"]]
+            bars.append(one)
     (folder / "summary.json").write_text(json.dumps(bars, indent=1) + "\n")
     lines = ["| bar | measured | target | unit | met | by read bandwidth |", "|---|---|---|---|---|---|"]
     words = {True: "yes", False: "no", None: "not measured"}
@@ -146,6 +151,8 @@ def main() -> int:
             f"Decode is judged by the copy bandwidth of the same run, {rates['copy'] / 1e3:.2f} TB/s (bytes read plus bytes "
             f"written, by a kernel); the last column is the same bar by that of a pure read, {rates['read'] / 1e3:.2f} TB/s.",
         ]
+    if missed := [b for b in bars if b["met"] is False]:
+        lines += ["", "Missed:", "", *(f"- {b['bar']}: {b['reason']}" for b in missed)]
     (folder / "summary.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     return 0
