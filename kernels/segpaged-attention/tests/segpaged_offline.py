@@ -19,7 +19,6 @@ import triton
 from segpaged_attention import append_kernel, decode_kernel, positions_kernel, prefill_kernel, tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
 MODULES = (append_kernel, decode_kernel, prefill_kernel, positions_kernel)
 SM90 = tiles.Device(processors=132, shared_memory=227 << 10, hopper=True)
@@ -58,8 +57,7 @@ class Launch:
                 divisible = name not in plain and value % 16 == 0
             else:
                 kind = _POINTERS[value.base.dtype][1:]
-                layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # Gluon's descriptors have one
-                signature[name], divisible = f"tensordesc<{kind}{list(value.block_shape)}{layout}>", False
+                signature[name], divisible = f"tensordesc<{kind}{list(value.block_shape)}>", False
             if divisible:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         return signature, constants, attributes
@@ -72,8 +70,7 @@ class Launch:
 
     def compile(self, capability: int) -> triton.compiler.CompiledKernel:
         signature, constants, attributes = self.specialise()
-        made = GluonASTSource if self.kernel.is_gluon() else ASTSource
-        source = made(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         flags = {n: x for n, x in self.options.items() if n not in self.kernel.arg_names}
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=flags)
 
@@ -98,13 +95,6 @@ def catch(monkeypatch: pytest.MonkeyPatch, device: tiles.Device, call: Callable[
                     patch.setattr(module, name, Catcher(value))
         call()
     return caught
-
-
-def machine_code(kernel: triton.compiler.CompiledKernel, folder: Path) -> list[str]:
-    """Lines of the disassembled kernel."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    return subprocess.run([_CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def resources(kernel: triton.compiler.CompiledKernel, folder: Path) -> tuple[int, int]:
