@@ -150,8 +150,8 @@ def main() -> int:
             "",
             f"Decode is judged by the copy bandwidth of the same run, {rates['copy'] / 1e3:.2f} TB/s (bytes read plus bytes "
             f"written, by a kernel); the last column is the same bar by that of a pure read, {rates['read'] / 1e3:.2f} TB/s. "
-            "Times are of layers one right after another in a CUDA graph of 32 calls or 4 ms: runs before 2026-11-25 had graphs of two or "
-            "three large layers, each of which carried 3 to 5 us of the graph's own start.",
+            "Times are of layers one right after another in a CUDA graph of 32 calls or 4 ms; runs before 2026-11-25 had "
+            "graphs of two or three large layers, each of which carried 3 to 5 us of the graph's own start.",
         ]
     if missed := [b for b in bars if b["met"] is False]:
         lines += ["", "Missed:", "", *(f"- {b['bar']}: {b['reason']}" for b in missed)]
