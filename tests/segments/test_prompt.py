@@ -571,6 +571,12 @@ TEXTS = [
     "Document: The Golden Spike\nThe golden spike was driven by Leland Stanford at Promontory Summit in 1869, where "
     "the first transcontinental railroad of North America was joined.\n\n",
 ]
+SAMPLES = [  # contexts: documents like those, and none of them
+    "Document: Mount Erebus\nMount Erebus is the southernmost active volcano on Earth. It stands on Ross Island, and its "
+    "crater holds a lake of lava that has been there for decades.\n\n",
+    "Document: Lise Meitner\nLise Meitner was an Austrian and Swedish physicist. She explained nuclear fission with her "
+    "nephew Otto Frisch, and worked in Berlin before she fled to Sweden.\n\n",
+]
 ASK = "Question: Where was the golden spike driven?<|im_end|>\n<|im_start|>assistant\n"
 ANSWER = "The golden spike was driven at Promontory Summit."
 
@@ -588,6 +594,8 @@ def test_smollm2_same_text_at_ratio_one_and_small_drift_by_default(smollm2):
     header = "<|im_start|>user\nAnswer with a few words, using the documents.\n\n"
     prompt = SegmentedPrompt(model, tokenizer, "memory://", every, header=header)
     names = prompt.add_many(TEXTS)
+    behind = SegmentedPrompt(model, tokenizer, "memory://", every, header=header, contexts=SAMPLES)
+    assert behind.add_many(TEXTS) == names
     answer = torch.tensor([tokenizer(ANSWER)["input_ids"]])
     drift: dict[str, list[float]] = {}
     for order in ([2, 0, 1], [1, 2, 0], [0, 1, 2]):
@@ -602,14 +610,16 @@ def test_smollm2_same_text_at_ratio_one_and_small_drift_by_default(smollm2):
         p = along(model, ids, answer, plain)
         want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
         assert torch.equal(model.generate(**full, max_new_tokens=16, do_sample=False), want)
-        for name, options in {
-            "naive": dict(recompute=0.0, relocate=False),
-            "none": dict(recompute=0.0),
-            "default": {},
-        }.items():
-            built = prompt.build(segments, ASK, **options)
+        for name, maker, options in (
+            ("naive", prompt, dict(recompute=0.0, relocate=False)),
+            ("none", prompt, dict(recompute=0.0)),
+            ("default", prompt, {}),
+            ("none, contexts", behind, dict(recompute=0.0)),
+        ):
+            built = maker.build(segments, ASK, **options)
             q = along(model, ids, answer, built["past_key_values"])
             drift.setdefault(name, []).append(float((p.exp() * (p - q)).sum(-1).mean()))
     mean = {name: float(np.mean(values)) for name, values in drift.items()}
     assert mean["default"] < 0.05, mean
     assert mean["default"] < 0.7 * mean["none"], mean
+    assert mean["none, contexts"] < 0.5 * mean["none"], mean
