@@ -12,6 +12,7 @@ What this module does not know: how rows were chosen, and where entries come fro
 from __future__ import annotations
 
 import time
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +54,8 @@ class Loader:
     """
 
     def __init__(self, cache: SpliceCache, places: list[Place], relocator: Relocator, relocate: bool = True):
-        self.cache, self.places, self.relocator = cache, places, relocator
+        self._cache = weakref.ref(cache)  # which holds this loader
+        self.places, self.relocator = places, relocator
         self.total = places[-1].stop if places else 0
         self.uploads = list({id(p.rows.upload): p.rows.upload for p in places if p.rows.upload is not None}.values())
         source = [place.rows.start + np.arange(len(place.rows)) for place in places]
@@ -66,6 +68,12 @@ class Loader:
         self._started: set[int] = set()
         self._whole: set[int] = set()
         cache.loader = self
+
+    @property
+    def cache(self) -> SpliceCache:
+        cache = self._cache()
+        assert cache is not None
+        return cache
 
     def __call__(self, layer: SpliceLayer, rows: RowSet) -> None:
         """Bring what ``rows`` will read in this layer and what stays for decoding."""

@@ -15,6 +15,7 @@ What this module does not know: where stored keys come from, which rows are wort
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -89,12 +90,20 @@ class SpliceLayer(CacheLayerMixin):
 
     def __init__(self, cache: SpliceCache, index: int, model_window: int | None):
         super().__init__()
-        self.cache, self.index, self.model_window = cache, index, model_window
+        # A circle would keep the target's pages and the stored rows on the GPU until the garbage collector comes by.
+        self._cache = weakref.ref(cache)
+        self.index, self.model_window = index, model_window
         self.is_sliding = model_window is not None
         self.in_place = False
         self._kinds: list[tuple[int, int, np.ndarray]] | None = None
         self.k: torch.Tensor | None = None
         self.v: torch.Tensor | None = None
+
+    @property
+    def cache(self) -> SpliceCache:
+        cache = self._cache()
+        assert cache is not None
+        return cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take heads, dims, dtype and device from keys and values ``[batch, kv_heads, n, dim]``."""
