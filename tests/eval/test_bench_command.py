@@ -142,7 +142,7 @@ def test_a_folder_of_any_name_gets_the_profile_of_its_architecture(tmp_path):
 
     shape = {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
+        "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "rope_theta": 100000.0,
     }  # fmt: skip
     shipped = HeadProfile.load("SmolLM2-135M-Instruct")
 
@@ -158,6 +158,10 @@ def test_a_folder_of_any_name_gets_the_profile_of_its_architecture(tmp_path):
     assert source == "shipped for SmolLM2-135M-Instruct, whose architecture the folder's config has"
     assert found(str(tmp_path / "SmolLM2-135M-Instruct")) == (shipped, "shipped for this model")
     assert found(str(tmp_path / "hf"), intermediate_size=1024) == (None, "none")
+    # of the same shape, but its heads look elsewhere
+    assert found(str(tmp_path / "hf"), rope_theta=10000.0) == (None, "none")
+    assert found(str(tmp_path / "hf"), rope_scaling={"rope_type": "linear", "factor": 2.0}) == (None, "none")
+    assert found(str(tmp_path / "hf"), sliding_window=512) == (None, "none")
     assert found("someone/fine-tuned") == (None, "none")
     assert find_profile(None, LlamaConfig(**shape), None)[0] == shipped
 

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from transformers import Gemma2Config, LlamaConfig
 from redknot_hf.errors import RedKnotError
 from redknot_hf.heads import HeadProfile, config_hash, describe_config, model_shape
 from redknot_hf.heads import profile as profile_module
+from redknot_hf.heads.attention_settings import attention_settings
 
 HEADS = 4
 SIZE_KEYS = ("vocab_size", "intermediate_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -300,7 +302,36 @@ def test_local_copies_do_not_warn(tmp_path):
 def test_config_hash_ignores_what_does_not_change_the_architecture():
     assert config_hash(config()) == config_hash(config(dtype="bfloat16", attention_dropout=0.1))
     assert config_hash(config()) != config_hash(config(hidden_size=128))
-    assert set(describe_config(config())) == {"model_type", "config_hash", "head_dim"}
+    assert set(describe_config(config())) == {"model_type", "config_hash", "head_dim", "attention"}
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("rope_parameters", {"rope_theta": 5e5}),
+        ("rope_parameters", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("sliding_window", {"sliding_window": 128}),
+        ("attention_multiplier", {"attention_multiplier": 0.2}),
+    ],
+    ids=str,
+)
+def test_a_profile_warns_about_a_model_whose_heads_look_elsewhere(name, other, tmp_path, monkeypatch):
+    """Same shape and a folder's name: nothing but the settings tells the two models apart."""
+    monkeypatch.setattr(profile_module, "_warned", set())
+    path = HeadProfile.uniform(config()).save(tmp_path / "p.json")
+    used = config(**other)
+    with pytest.warns(UserWarning, match=f"'{name}' .*, used with "):
+        HeadProfile.load(path).validate_for(used)
+    assert config_hash(used) == config_hash(config())
+
+
+def test_settings_that_change_nothing_compare_as_equal():
+    """So that a profile made with one version of transformers does not warn with another."""
+    plain = attention_settings(config())
+    assert plain == {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+    assert attention_settings(config(partial_rotary_factor=1.0, layer_types=["full_attention"] * 5)) == plain
+    assert attention_settings(config(use_sliding_window=False, sliding_window=64)) == plain
+    assert attention_settings(SimpleNamespace(rope_theta=10000.0, rope_scaling=None)) == plain
 
 
 @pytest.mark.parametrize("sizes", [{"num_hidden_layers": 10**9}, {"num_key_value_heads": 10**9}])

@@ -80,9 +80,9 @@ def load_model(
 def find_profile(given: str | None, config: Any, name: str | None) -> tuple[HeadProfile | None, str]:
     """(profile, where it is from): --profile, else the one shipped for the model, else None.
 
-    A folder may be called anything. Where its name is no model's, the profile whose recorded architecture is exactly the
-    folder's is taken, and the source says so: weights of the same shape but of another training match, too. (A
-    `RedKnotCache` without a profile goes by the name alone: it prints no source that a user could read.)
+    A folder may be called anything. Where its name is no model's, the profile whose recorded architecture and attention
+    settings (RoPE, windows, scale) are exactly the folder's is taken, and the source says so: weights of another training
+    match, too. (A `RedKnotCache` without a profile goes by the name alone: it prints no source that a user could read.)
     """
     from ..heads import HeadProfile, find_shipped
 
@@ -107,9 +107,14 @@ def find_profile(given: str | None, config: Any, name: str | None) -> tuple[Head
 
 def _shipped_for_shape(config: Any) -> tuple[HeadProfile, str] | None:
     """The only shipped profile made for exactly this architecture, and its model's name; None if there are several."""
-    from ..heads import HeadProfile, config_hash, shipped_names
+    from ..heads import HeadProfile, describe_config, shipped_names
 
-    wanted = config_hash(config)
+    # a profile that does not say for which RoPE it was made is not found for a model that has one
+    wanted = {"attention": None, **describe_config(config)}
     loaded = ((HeadProfile.load(name), name) for name in shipped_names())
-    found = [pair for pair in loaded if pair[0].metadata.get("config_hash") == wanted]
+    found = [
+        (profile, name)
+        for profile, name in loaded
+        if all(profile.metadata.get(key) == wanted[key] for key in ("config_hash", "attention"))
+    ]
     return found[0] if len(found) == 1 else None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RedKnotError, shorten
+from .attention_settings import attention_settings, settings_difference
 
 __all__ = [
     "HEAD_ORDER",
@@ -158,6 +159,7 @@ def describe_config(config: Any) -> dict[str, Any]:
         "model_type": shape.model_type or None,
         "revision": shape.revision,
         "config_hash": config_hash(config),
+        "attention": attention_settings(text_config(config)) or None,
         "head_dim": shape.head_dim,
         "attention_layers": None if shape.attention_layers is None else list(shape.attention_layers),
         "sliding_window": shape.sliding_window,
@@ -185,6 +187,9 @@ def provenance_difference(metadata: dict[str, Any], config: Any) -> str | None:
         differences.append(f"revision {shorten(metadata['revision'])}, used with {shorten(shape.revision)}")
     if same_architecture is False:
         differences.append(f"config hash {shorten(recorded)}, used with {config_hash(config)}")
+    settings = settings_difference(metadata.get("attention"), text_config(config))
+    if settings:
+        differences.append(settings)
     if not differences:
         return None
     return f"the head profile was made for {'; '.join(differences)}: its head classes may not fit these weights"
