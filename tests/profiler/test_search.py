@@ -59,7 +59,7 @@ def test_many_maps_at_once_equal_one_at_a_time(planted_model, prompts, mode, mas
     maps = [option_map(torch.tensor(choice), SHAPE, CELLS, WINDOWS, SINK) for choice in choices]
     together = map_costs(planted_model, prompts, maps, mode, rows=1000)  # two or three maps per pass
     rows_together = map_rows(planted_model, prompts, maps, mode, rows=1000)
-    for visible, (text, needle, misses), many in zip(maps, together.tolist(), rows_together, strict=True):
+    for visible, (text, needle, misses, losses), many in zip(maps, together.tolist(), rows_together, strict=True):
         rows = [row for prompt in prompts for row in measure(planted_model, prompt, visible, mode)]
         assert [(r.kind, r.top1, r.hit, r.full_hit) for r in many] == [
             (r.kind, r.top1, r.hit, r.full_hit) for r in rows
@@ -68,9 +68,9 @@ def test_many_maps_at_once_equal_one_at_a_time(planted_model, prompts, mode, mas
         kl = {kind: [r.kl for r in rows if (r.kind == "text") == kind] for kind in (True, False)}
         assert text == pytest.approx(sum(kl[True]) / 2, abs=1e-6)
         assert needle == pytest.approx(sum(kl[False]) / 3, abs=1e-6)
-        assert 0 <= misses <= 1
+        assert 0 <= losses <= misses <= 1
     assert together[0, 1] > 2 * together[1, 1] > 0  # without the planted head the answers suffer
-    assert together[3, :2].abs().max() < 1e-6
+    assert together[3, [0, 1, 3]].abs().max() < 1e-6
 
 
 def test_soft_miss_is_the_smallest_margin_and_becomes_the_share_of_misses(planted_model, prompts):
@@ -81,12 +81,26 @@ def test_soft_miss_is_the_smallest_margin_and_becomes_the_share_of_misses(plante
     for row, who, token in zip(reference, owner, truth, strict=True):
         others = torch.cat([row[:token], row[token + 1 :]])
         margins[who] = min(margins[who], float(row[token] - others.max()))
-    kl, miss = prompt_terms(reference, reference, batch, temperature=0.5)
+    kl, miss, lost = prompt_terms(reference, reference, batch, temperature=0.5)
     assert kl.abs().max() < 1e-6
     assert miss.tolist() == pytest.approx([1 / (1 + math.exp(margin / 0.5)) for margin in margins], abs=1e-5)
-    _, hard = prompt_terms(reference, reference, batch, temperature=1e-4)
+    _, hard, _ = prompt_terms(reference, reference, batch, temperature=1e-4)
     full = measure(planted_model, prompts[0], option_map(torch.full((6,), 3), SHAPE, CELLS, WINDOWS, SINK), "full")
     assert hard.round().tolist() == [float(not row.full_hit) for row in full]
+    assert lost.tolist() == [0.0] * len(batch)
+
+
+def test_losses_count_only_what_the_full_cache_answers_better(prompts):
+    """Raise the true token, then another one: the first is no gain in the losses, the second one loss per prompt."""
+    batch, reference = prompts[0].batch, prompts[0].log_probs
+    truth = batch.next_ids[batch.target][:, None]
+    _, full, _ = prompt_terms(reference, reference, batch)
+    _, better, gained = prompt_terms(reference.scatter(1, truth, 50.0), reference, batch)
+    assert (better < full).all()
+    assert gained.tolist() == [0.0] * len(batch)
+    _, worse, lost = prompt_terms(reference.scatter(1, (truth + 1) % reference.shape[1], 50.0), reference, batch)
+    assert lost.tolist() == pytest.approx((worse - full).tolist())
+    assert lost.tolist() == pytest.approx((1 - full).tolist(), abs=1e-5)
 
 
 def test_slopes_equal_finite_differences(planted_model, prompts):
