@@ -2,11 +2,16 @@
 
 The real model costs 25 s the first time on a machine and 2 s later, so it is loaded once per session, and only if a
 test asks for it. Tests must leave it as they found it.
+
+A GPU test that hangs would hold up whatever comes after it, and nobody would see where: after `$REDKNOT_GPU_TEST_SECONDS`
+(120) the stacks of all threads are printed and the run ends.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch, transformers and tokenizers are imported: they read these once.
@@ -23,6 +28,25 @@ from transformers.utils import logging
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+
+
+_STDERR = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the standard error that a terminal sees: while tests run it is captured."""
+    config.stash[_STDERR] = os.dup(2)
+
+
+@pytest.fixture(autouse=True)
+def _gpu_tests_end(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    seconds = float(os.environ.get("REDKNOT_GPU_TEST_SECONDS", "120"))
+    faulthandler.dump_traceback_later(seconds, exit=True, file=request.config.stash[_STDERR])
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")

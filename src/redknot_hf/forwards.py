@@ -90,6 +90,7 @@ class Forwards(Pools):
                 f"{type(self.config).__name__}.use_cache is False, so generate() feeds all {length} tokens again at every "
                 "step: set model.config.use_cache = True, or generate without a cache"
             )
+        self._check_finished()
         self.announce(length)
         self._pull()
         if self.seen:
@@ -102,6 +103,8 @@ class Forwards(Pools):
                 )
         if self.defers:
             self.flush()
+        for state in self._states.values():
+            state.unfinished = True
         self._remember_padding()
         self._freeze_if_due()
         self.step = Step(self.seen, length, layer.batch_size)
@@ -173,12 +176,25 @@ class Forwards(Pools):
         if not known:
             assert self.limit is not None
             self._states[device] = StaticState(device, batch, self.limit)
+        self._states[device].layers += 1
         return self._states[device], not known
 
     def settle_states(self) -> None:
         """A forward is through: the next one may be a decode step."""
         for state in self._states.values():
-            state.decoding = state.started
+            state.decoding, state.unfinished = state.started, False
+
+    def _check_finished(self) -> None:
+        """Raise if a forward of the static form was interrupted: its device has counted tokens that some layer lacks.
+
+        Raises:
+            CacheError: one was.
+        """
+        if not self.defers and any(state.unfinished for state in self._states.values()):
+            raise CacheError(
+                "the forward before stopped before its last layer had stored its tokens, or another thread is inside it: "
+                "call cache.reset() and feed the prompt again, or give each thread its own cache"
+            )
 
     def announce(self, tokens: int) -> None:
         """``tokens`` more are coming: refuse what a static cache cannot hold, before anything is stored.
@@ -251,6 +267,7 @@ class Forwards(Pools):
 
     def _settle(self) -> None:
         """Before the rows are changed from outside: everything stored, no step open."""
+        self._check_finished()
         self._pull()
         self.flush()
         self._remember_padding()

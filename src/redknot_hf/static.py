@@ -34,6 +34,8 @@ class StaticState:
         before, after: int32 ``[batch]``, real tokens stored around the latest step.
         started: every row holds a real token, so a single column that comes next is real in each row.
         decoding: ``started`` as it was before the forward that runs now: its layers must agree.
+        unfinished: a forward has counted its tokens, and not all layers have stored theirs (compiled steps do not say so).
+        layers: how many count here; left: of an eager decode step, those that have not stored their token yet.
         lengths: ``before`` and ``after`` for the layers of an eager decode step; made anew for each.
     """
 
@@ -45,6 +47,7 @@ class StaticState:
         self.after = torch.zeros(batch, dtype=torch.int32, device=device)
         self.limit = limit
         self.started = self.decoding = False
+        self.unfinished, self.layers, self.left = True, 0, 0  # made by the first layer of a prompt
         for tensor in (self.seen, self.before, self.after):
             torch._dynamo.mark_static_address(tensor)
 
@@ -162,21 +165,37 @@ class StaticRedKnotLayer(RedKnotLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store one token per row on the device, or stage a chunk as `RedKnotLayer.update` does."""
         state = self.state
-        if state is None or key_states.shape[2] != 1 or not state.decoding:
+        if state is None or key_states.shape[2] != 1 or not state.decoding or (self.first and state.unfinished):
             return self._stage(key_states, value_states)
-        if not compat.is_compiling():
+        eager = not compat.is_compiling()
+        if eager:
             self._check(key_states)
         if self.first:
             state.step()
-        if not compat.is_compiling() and self.kernel.replays:  # type: ignore[union-attr]
+            if eager:
+                state.unfinished, state.left = True, state.layers
+        if eager and self.kernel.replays:  # type: ignore[union-attr]
             if self.first:
                 state.lengths = kernel_path.Lengths(state.before, state.after, None)
             keys = key_states.detach()
             setattr(keys, HANDLE, StaticHandle(self, value_states, keys))
             return keys, value_states
         self._append_token(key_states, value_states, state)
+        if eager:
+            self._token_stored(state)
         setattr(key_states, HANDLE, StaticHandle(self, value_states))
         return key_states, value_states
+
+    @staticmethod
+    def _token_stored(state: StaticState) -> None:
+        state.left -= 1
+        if not state.left:
+            state.unfinished = False
+
+    @torch.compiler.disable
+    def _token_stored_apart(self, state: StaticState) -> None:
+        """`_token_stored` for compiled code: a step that was counted eagerly, and whose attention is compiled."""
+        self._token_stored(state)
 
     def _append_token(self, key_states: torch.Tensor, value_states: torch.Tensor, state: StaticState) -> None:
         torch.ops.segpaged_attention.append(
@@ -211,10 +230,13 @@ class StaticRedKnotLayer(RedKnotLayer):
             key, handle.key = handle.key, None  # and with it the cycle from the key tensor to itself
             if not compat.is_compiling():
                 assert self.kernel is not None
-                return self.kernel.step_one(
+                out = self.kernel.step_one(
                     key, handle.value, query, scale, softcap or 0.0, s_aux, self.extra_window, self.state.lengths
                 )
+                self._token_stored(self.state)
+                return out
             self._append_token(key, handle.value, self.state)
+            self._token_stored_apart(self.state)
         return torch.ops.segpaged_attention.decode(
             query,
             self.k_pages,
@@ -329,7 +351,7 @@ class StaticRedKnotLayer(RedKnotLayer):
             self.pages.clear()
         if self.first and self.state is not None:
             self.state.push(0, np.zeros(self.batch_size), np.zeros(self.batch_size))
-            self.state.decoding = False
+            self.state.decoding = self.state.unfinished = False
 
     def close(self) -> None:
         super().close()
