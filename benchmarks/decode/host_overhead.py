@@ -98,11 +98,7 @@ def fill(cache: Any, config: LlamaConfig, batch: int, context: int) -> None:
             k = torch.zeros(batch, config.num_key_value_heads, 1, config.head_dim).expand(-1, -1, length, -1)
             keys, values = cache.update(k, k, layer)
             if isinstance(cache, RedKnotCache):
-                handle = getattr(keys, HANDLE)
-                handle.step.resolve(None, None)  # type: ignore[arg-type]
-                handle.layer._ready(handle.step)
-                handle.layer._append(handle.k, handle.v, handle.step)
-                handle.layer._stored(handle)
+                getattr(keys, HANDLE).store()
             del keys, values
 
 

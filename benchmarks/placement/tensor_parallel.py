@@ -97,7 +97,8 @@ def build(config: Any, dtype: torch.dtype, ranks: Ranks) -> Any:
         model = kind.maybe_distribute_model(model, layout, mesh)
     model.to_empty(device=ranks.device)
     decoder = model.model
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=config, device=ranks.device)
+    with torch.device(ranks.device):
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -135,13 +136,8 @@ def fill(cache: Any, config: Any, heads: slice, batch: int, context: int, dtype:
         length = min(rows, context - begin)
         for layer in range(config.num_hidden_layers):
             keys, _ = cache.update(k[:, heads, :length].contiguous(), v[:, heads, :length].contiguous(), layer)
-            handle = getattr(keys, HANDLE, None)
-            if handle is not None:  # store without attending, which would take most of the time
-                step = handle.step
-                step.resolve(None, [0] * batch)
-                handle.layer._ready(step)
-                handle.layer._append(handle.k, handle.v, step)
-                handle.layer._stored(handle)
+            if isinstance(cache, RedKnotCache):
+                getattr(keys, HANDLE).store()  # attending would take most of the time
 
 
 class Bench:
@@ -402,7 +398,7 @@ class Bench:
                   redknot_hf=redknot_hf.__version__)  # fmt: skip
         parts = args.parts.split(",")
         if "equal" in parts and args.fp32_layers:
-            self.equal_tokens(args.fp32_layers)
+            self.equal_tokens(min(args.fp32_layers, self.config.num_hidden_layers))
         begin = time.perf_counter()
         self.model = build(self.config, self.dtype, ranks)
         if ranks.size > 1 and not distributed.is_initialized():

@@ -151,7 +151,7 @@ def use(model: Any, cache: Any, rows: int, context: int) -> None:
             for layer in range(config.num_hidden_layers):
                 keys, _ = cache.update(k[:, :, :length], v[:, :, :length], layer)
                 if isinstance(cache, RedKnotCache):
-                    store(cache, getattr(keys, HANDLE))
+                    getattr(keys, HANDLE).store()  # attending would take most of the time
         del k, v
         ids = torch.full((rows, each - 1), 7, device=model.device)
         model(ids, past_key_values=cache, position_ids=torch.arange(context - each, context - 1, device=model.device)[None],
@@ -161,15 +161,6 @@ def use(model: Any, cache: Any, rows: int, context: int) -> None:
         ).logits.float()
     if model.device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def store(cache: RedKnotCache, handle: Any) -> None:
-    """Store a staged chunk without attending, which would take most of the time."""
-    layer, step = handle.layer, handle.step
-    step.resolve(None, step.batch * [0])
-    layer._ready(step)
-    layer._append(handle.k, handle.v, step)
-    layer._stored(handle)
 
 
 def release() -> None:

@@ -159,6 +159,14 @@ class Handle:
     def value(self) -> torch.Tensor | None:
         return self._value()
 
+    def store(self) -> None:
+        """Put a chunk without padding into the pages and attend to nothing: for tools that fill a cache with given keys."""
+        layer, step = self.layer, self.step
+        step.resolve(None, np.zeros(step.batch, np.int64))
+        layer._ready(step)
+        layer._append(self.k, self.v, step)  # type: ignore[arg-type]
+        layer._stored(self)
+
     def release(self) -> None:
         """The chunk is in the pages: drop it, and with it the cycle from the key tensor to itself."""
         self.stored, self.k, self.v = True, None, None
