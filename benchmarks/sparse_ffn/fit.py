@@ -38,14 +38,18 @@ from redknot_hf.sparse_ffn import Band, SparseFFNSchedule
 from redknot_hf.sparse_ffn.structure import find_blocks
 
 SINGLE_SHARES = (0.8, 0.6, 0.4, 0.2, 0.0)
+NO_NEEDLES = ("random rows", "nothing for rows left out", "last layer only")  # needles take long, and few baselines
 STEP = 0.1  # of a layer's share in one move
-WAYS: tuple[dict[str, Any], ...] = (  # to measure attention; the first guess of the first share chooses
+SIMPLE: dict[str, Any] = {"fill": "mean"}
+WAYS: tuple[dict[str, Any], ...] = (  # to measure attention and to fill; the first guess of the first share chooses
     {},
     {"query_block": 128, "memory": 0.8, "neighbours": 0.5},
-    {"fill": "mean"},
+    SIMPLE,
+    {"fill": "mean", "query_block": 128},
+    {"fill": "mean", "memory": 0.8},
+    {"fill": "mean", "neighbours": 0.5},
     {"query_block": 128, "memory": 0.5, "neighbours": 0.5, "fill": "mean"},
     {"query_block": 128, "memory": 0.8, "neighbours": 0.5, "fill": "mean"},
-    {"query_block": 128, "memory": 1.0, "neighbours": 0.5, "fill": "mean"},
 )
 
 
@@ -76,7 +80,7 @@ class Search:
     def __init__(self, groups: list[list[Prefilled]], layers: int, first: int, tokens: int, options: dict[str, Any]):
         self.groups, self.layers, self.tokens, self.options = groups, layers, tokens, options
         self.free = list(range(first, layers - 1))
-        self.known: dict[tuple[float, ...], float] = {}
+        self.known: dict[tuple[str, tuple[float, ...]], float] = {}
 
     def blocks(self, keep: float) -> int:
         """Buckets of rows that a layer runs at this share."""
@@ -94,7 +98,7 @@ class Search:
         return self.measure({layer: keep}, self.groups[:1])
 
     def cost(self, keeps: dict[int, float]) -> float:
-        key = tuple(keeps[layer] for layer in self.free)
+        key = json.dumps(self.options), tuple(keeps[layer] for layer in self.free)
         if key not in self.known:
             self.known[key] = self.measure(keeps, self.groups)
         return self.known[key]
@@ -197,18 +201,22 @@ def main() -> None:
         chosen = choose(args, replay, tokenizer, texts, layers, first, say)
         path.write_text(json.dumps(chosen, indent=1) + "\n")
     table: dict[str, SparseFFNSchedule] = {}
-    options = chosen["options"]
-    for share, keeps in chosen["keeps"].items():
-        keeps = {int(layer): keep for layer, keep in keeps.items()}
-        table[f"fitted {share}"] = schedule(keeps, layers, **options)
-        table[f"fitted {share}, attention_norm"] = schedule(keeps, layers, importance="attention_norm")
-        if len(table) == 2:  # the first share, in other ways
-            table[f"fitted {share}, each layer and row by itself"] = schedule(keeps, layers)
-            table[f"fitted {share}, random rows"] = schedule(keeps, layers, importance=random_rows)
-            if "fill" in options:
-                table[f"fitted {share}, nothing for rows left out"] = schedule(
-                    keeps, layers, **{**options, "fill": "nothing"}
-                )
+    for name, found in chosen["found"].items():
+        keeps = {int(layer): keep for layer, keep in found["keeps"].items()}
+        table[f"fitted {name}"] = schedule(keeps, layers, **found["options"])
+        if len(table) == 1:  # the first share, in other ways
+            table[f"fitted {name}, attention_norm"] = schedule(
+                keeps, layers, importance="attention_norm", fill=found["options"].get("fill", "nothing")
+            )
+            table[f"fitted {name}, random rows"] = schedule(
+                keeps, layers, importance=random_rows, fill=found["options"].get("fill", "nothing")
+            )
+            table[f"fitted {name}, nothing for rows left out"] = schedule(
+                keeps, layers, **{**found["options"], "fill": "nothing"}
+            )
+            table[f"fitted {name}, attention_norm, nothing for rows left out"] = schedule(
+                keeps, layers, importance="attention_norm"
+            )
     table["last layer only"] = schedule({layers - 1: 0.0}, layers)
     if args.only:
         table = {name: plan for name, plan in table.items() if name.endswith(tuple(args.only))}
@@ -240,8 +248,11 @@ def choose(
     search = Search(groups, layers, first, args.fit_contexts[0], {})
     say(f"dense runs of {sum(args.fit)} texts")
     single: dict[tuple[int, float], float] = {}
+    start: dict[str, dict[str, float]] = {}
     if args.singles is not None:
-        for name, value in json.loads(args.singles.read_text())["single_layer_kl"].items():
+        earlier = json.loads(args.singles.read_text())
+        start = earlier.get("keeps") or {name: entry["keeps"] for name, entry in earlier["found"].items()}
+        for name, value in earlier["single_layer_kl"].items():
             layer, keep = name.split()
             single[int(layer), float(keep)] = value
     for layer in search.free if args.singles is None else ():
@@ -252,48 +263,55 @@ def choose(
     say("single layers")
     print(json.dumps({f"{layer} {keep}": round(value, 6) for (layer, keep), value in single.items()}))
     found: dict[str, Any] = {}
-    joint: dict[str, Any] = {}
-    for number, share in enumerate(args.rows):
-        keeps = search.cheapest(single, share)
-        if number == 0:  # how attention is measured, chosen once, at the first guess
-            ways = {json.dumps(way): search.measure(keeps, groups, **way) for way in WAYS}
-            say(f"{ {way: round(value, 5) for way, value in ways.items()} }")
-            search.options = json.loads(min(ways, key=ways.__getitem__))
-            joint["ways"] = ways
+    first_guess = search.cheapest(single, args.rows[0])
+    ways = {json.dumps(way): search.measure(first_guess, groups, **way) for way in WAYS}
+    say(f"{ {way: round(value, 5) for way, value in ways.items()} }")
+    best = json.loads(min(ways, key=ways.__getitem__))
+    for share, options in [
+        (share, way) for share in args.rows for way in ((best, SIMPLE) if best != SIMPLE else (best,))
+    ]:
+        name = str(share) + ("" if options is not SIMPLE or best == SIMPLE else " simple")
+        search.options = options
+        guesses = [search.cheapest(single, share)]
+        if str(share) in start:
+            guesses.append({int(layer): keep for layer, keep in start[str(share)].items()})
+        keeps = min(guesses, key=search.cost)
         before = search.cost(keeps)
         keeps = search.refine(keeps, share, time.time() + args.search_seconds, say)
-        found[str(share)] = {str(layer): keep for layer, keep in keeps.items()}
-        joint[str(share)] = {
-            "sum of single layers": sum(single.get((layer, keep), 0.0) for layer, keep in keeps.items()),
-            "first guess": before,
-            "as chosen": search.cost(keeps),
+        found[name] = {
+            "options": options,
+            "keeps": {str(layer): keep for layer, keep in keeps.items()},
+            "sum_of_single_layers": sum(single.get((layer, keep), 0.0) for layer, keep in keeps.items()),
+            "kl_first_guess": before,
+            "kl_as_chosen": search.cost(keeps),
         }
-        say(f"rows {share}: {keeps} { ({k: round(v, 5) for k, v in joint[str(share)].items()}) }")
+        say(f"rows {name}: {keeps} {before:.5f} -> {search.cost(keeps):.5f}")
     with (args.out / "search.jsonl").open("w") as file:
-        for key, value in search.known.items():
-            file.write(json.dumps({"keeps": dict(zip(search.free, key, strict=True)), "kl": value}) + "\n")
+        for (options, key), value in search.known.items():
+            row = {"options": json.loads(options), "keeps": dict(zip(search.free, key, strict=True)), "kl": value}
+            file.write(json.dumps(row) + "\n")
     return {
         "fitted_on": f"{args.fit} texts at {args.fit_contexts} tokens",
         "single_layer_kl": {f"{layer} {keep}": value for (layer, keep), value in single.items()},
-        "joint_kl": joint,
-        "options": search.options,
-        "keeps": found,
+        "ways": ways,
+        "found": found,
     }
 
 
 def check(
     args: Any, replay: Replay, tokenizer: Any, texts: list[str], table: dict[str, Any], start: float, say: Any
 ) -> list[dict[str, Any]]:
-    """Step 4: one row per prompt and schedule."""
+    """Step 4: one row per prompt and schedule, texts first."""
     path = args.out / "check.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(row["context"], row["kind"], row["index"], row["name"]) for row in rows}
     with path.open("a") as file:
-        for context, n, needles in zip(args.contexts, args.check, args.needles, strict=True):
-            for kind, count in (("text", n), ("needle", needles)):
+        for kind, counts in (("text", args.check), ("needle", args.needles)):
+            for context, count in zip(args.contexts, counts, strict=True):
                 samples = prompts(tokenizer, texts, "check", kind, count, context)
+                names = [name for name in table if kind == "text" or not name.endswith(NO_NEEDLES)]
                 for batch in in_batches(samples, args.batch_tokens):
-                    todo = [name for name in table if any((context, kind, i, name) not in done for i in batch)]
+                    todo = [name for name in names if any((context, kind, i, name) not in done for i in batch)]
                     if not todo or time.time() - start > args.max_seconds:
                         continue
                     prefilled = Prefilled(replay, [samples[i] for i in batch], args.device)
