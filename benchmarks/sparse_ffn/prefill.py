@@ -1,11 +1,11 @@
-"""Where the time of a sparse prefill goes: variants in turn, the parts of one layer, and kernels by name.
+"""Where the time of a sparse prefill goes: mechanisms in turn, the parts of one layer, and kernels by name.
 
     python benchmarks/sparse_ffn/prefill.py --model DIR --out DIR [--random-weights] [--device cuda] [--tokens 16384 32768]
 
-For every length: `redknot_hf.ledger` over the dense model, head classes, the schedule and variants of it, all in turn in one
-process; what the parts of one layer take alone (its FFN and norm over all rows and over the rows that pass, measuring,
-ranking, gathering, scattering), medians; on a GPU, the seconds of the kernels of one dense and one sparse prefill. Each
-length writes prefill_TOKENS.json when it is done; the first of --tokens has the variants.
+For every length: `redknot_hf.ledger` over the dense model, head classes, and the schedule with and without the mean in rows
+that are left out, all in turn in one process; what the parts of one layer take alone (its FFN and norm over all rows and
+over the rows that pass, measuring, ranking, gathering, scattering), medians; on a GPU, the seconds of the kernels of one
+dense and one sparse prefill. Each length writes prefill_TOKENS.json when it is done.
 """
 
 from __future__ import annotations
@@ -117,14 +117,6 @@ def kernels(model: Any, tokens: int, schedule: SparseFFNSchedule | None) -> dict
         return profiled()
 
 
-def variants(base: SparseFFNSchedule) -> dict[str, SparseFFNSchedule]:
-    return {
-        "sparse FFN": base,
-        "rows chosen every 4 layers": base.replace(choose_every=4),
-        "rows chosen once": base.replace(choose_every=1000),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder; with --random-weights a config is enough")
@@ -135,9 +127,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 32768])
     parser.add_argument("--keep", type=float, default=0.3)
     parser.add_argument("--preset", help="a measured schedule instead of --keep")
+    parser.add_argument(
+        "--one-schedule", action="store_true", help="not once more with nothing in rows that are left out"
+    )
     parser.add_argument("--repeats", type=int, nargs="+", default=[5, 3], help="for each of --tokens")
     parser.add_argument("--cpu-time", action="store_true", help="count the process's CPU seconds: for a machine in use")
-    parser.add_argument("--mechanisms-only", action="store_true", help="no variants")
     parser.add_argument("--no-head-classes", action="store_true")
     parser.add_argument("--no-kernels", action="store_true", help="do not run the profiler on a GPU")
     args = parser.parse_args()
@@ -148,24 +142,21 @@ def main() -> None:
     )
     print(f"[{time.time() - start:5.1f}s] model", flush=True)
     profile = HeadProfile.uniform(model.config, sink=4, window=256, global_heads=0.25)
-    base = SparseFFNSchedule.preset(args.preset) if args.preset else SparseFFNSchedule(keep=args.keep)
+    base = SparseFFNSchedule.preset(args.preset) if args.preset else SparseFFNSchedule(keep=args.keep, fill="mean")
     for number, (tokens, repeats) in enumerate(zip(args.tokens, args.repeats, strict=True)):
         report: dict[str, Any] = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d")}
         report["seconds"] = "of the process on its CPUs" if args.cpu_time else "by the clock on the wall"
         path = args.out / f"prefill_{tokens}.json"
-        for name, own, table in (
-            ("mechanisms", None if args.no_head_classes else profile, {"sparse FFN": base}),
-            ("variants", None, variants(base) if number == 0 and not args.mechanisms_only else {}),
-        ):
-            if not table:
-                continue
-            clock = time.process_time if args.cpu_time else time.perf_counter
-            runs = repeats if name == "mechanisms" else min(3, repeats)
-            ledger = measure_prefill(model, tokens, table, own, runs, clock=clock)
-            report[name] = {**ledger.as_dict(), "schedules": {key: repr(value) for key, value in table.items()}}
-            path.write_text(json.dumps(report, indent=1) + "\n")
-            print(f"[{time.time() - start:5.1f}s] {tokens} {name}", flush=True)
-            show(ledger)
+        table = {"sparse FFN": base}
+        if not args.one_schedule:
+            table["sparse FFN, nothing in rows left out"] = base.replace(fill="nothing")
+        clock = time.process_time if args.cpu_time else time.perf_counter
+        own = None if args.no_head_classes else profile
+        ledger = measure_prefill(model, tokens, table, own, repeats, clock=clock)
+        report["mechanisms"] = {**ledger.as_dict(), "schedules": {key: repr(value) for key, value in table.items()}}
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"[{time.time() - start:5.1f}s] {tokens}", flush=True)
+        show(ledger)
         if base.keep is not None:
             report["parts of a layer"] = parts_of_a_layer(model, tokens, base)
             print(json.dumps(report["parts of a layer"]))

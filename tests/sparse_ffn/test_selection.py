@@ -118,7 +118,6 @@ def test_the_default_depth_is_the_last_third_and_dense_rules_are_none():
         (dict(first_layer=3, bands=(Band(4, keep=0.5),)), "first_layer without"),
         (dict(keep=0.5, recent=-1), "recent=-1"),
         (dict(keep=0.5, bucket=0), "bucket=0"),
-        (dict(keep=0.5, choose_every=0), "choose_every=0"),
         (dict(keep=0.5, fill="zeros"), "fill='zeros'"),
         (dict(keep=0.5, memory=1.5), "memory=1.5"),
         (dict(keep=0.5, neighbours=float("nan")), "neighbours=nan"),

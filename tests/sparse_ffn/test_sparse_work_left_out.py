@@ -1,4 +1,4 @@
-"""What a sparse prefill does not do: measure where importance has no say, choose in every layer, norm rows that are left out."""
+"""What a sparse prefill does not do: measure where importance has no say, norm rows that are left out."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def watched(monkeypatch):
 
 
 def importances(monkeypatch):
-    found, original = {}, Run._standing_importance
+    found, original = {}, Run._importance
 
     def spy(self, layer, *rest):
         found[layer] = original(self, layer, *rest)
         return found[layer]
 
-    monkeypatch.setattr(Run, "_standing_importance", spy)
+    monkeypatch.setattr(Run, "_importance", spy)
     return found
 
 
@@ -88,33 +88,6 @@ def test_rows_of_a_splice_are_neighbours_where_their_positions_are(monkeypatch):
     assert torch.allclose(found[1], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["received_attention", "attention_norm", "hidden_change"])
-def test_a_choice_holds_for_the_layers_that_follow(kind, watched):
-    model, ids = tiny("llama"), tokens(1, 40)
-    with torch.no_grad(), SparseFFN(model, SCHEDULE.replace(choose_every=2, importance=kind)) as context:
-        found = model(ids).logits
-    masses, rows = watched
-    assert context.measured == {1, 3} and len(rows) == 2 and context.stats.run == [40, 20, 20, 20]
-    assert len(masses) == (2 if kind == "received_attention" else 0)
-    passing = {}
-    for layer, index in ((1, rows[0]), (2, rows[0]), (3, rows[1])):
-        passing[layer] = torch.zeros(1, 40, dtype=torch.bool)
-        passing[layer][0, index] = True
-    assert torch.allclose(found, with_rows(model, ids, passing), atol=2e-4)
-    assert set(rows[0].tolist()) != set(rows[1].tolist())
-
-
-def test_shares_differ_within_one_choice(watched, monkeypatch):
-    model, ids, found = tiny("llama"), tokens(1, 40), importances(monkeypatch)
-    bands = (Band(1, keep=0.3), Band(2, keep=0.6), Band(3, keep=0.3))
-    schedule = SCHEDULE.replace(keep=None, first_layer=None, bands=bands, choose_every=3, bucket=1)
-    with torch.no_grad(), SparseFFN(model, schedule) as context:
-        model(ids)
-    few, more = watched[1]  # layer 3 takes what layer 1 chose
-    assert (len(few), len(more), len(watched[0])) == (12, 24, 1) and set(few.tolist()) < set(more.tolist())
-    assert found[1] is found[2] is found[3] and context.stats.run == [40, 12, 24, 12]
-
-
 @pytest.mark.parametrize("rule", [dict(keep=0.0), dict(keep=None, mass=0.0)])
 def test_where_only_rows_pass_that_always_do_nothing_is_measured(rule, watched):
     model, ids = tiny("llama"), tokens(2, 40)
@@ -131,11 +104,10 @@ def test_where_only_rows_pass_that_always_do_nothing_is_measured(rule, watched):
         other(ids)
 
 
-def test_layers_between_do_not_break_a_choice():
+def test_importance_is_measured_where_it_has_a_say():
     bands = (Band(1, keep=0.5), Band(2, keep=0.0), Band(4, keep=1.0), Band(5, keep=0.4), Band(7, mass=0.5))
     schedule = SparseFFNSchedule(bands=bands)
     assert schedule.measured(9) == (1, 5, 6, 7, 8)
-    assert schedule.replace(choose_every=2).measured(9) == (1, 6, 8)
 
 
 # ----------------------------------------------------------------------------------------------------------- the norm

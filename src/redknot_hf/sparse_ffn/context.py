@@ -93,7 +93,6 @@ class SparseFFN:
                     f"layer {block.index} ({type(block.layer).__name__}) changes what its FFN gives before it adds it, so "
                     "a mean of it cannot stand for rows that are left out: take fill='nothing'"
                 )
-        self.measured = frozenset(schedule.measured(len(self._blocks)))
         self.observed = self._observed()
         self._check_attention()
         self.stats = SparseFFNStats(len(self._blocks))
@@ -135,9 +134,7 @@ class SparseFFN:
             if splice is not None:
                 splice.skipped += seen - run
 
-        return Run(
-            self.schedule, self.rules, self.measured, self.observed, rows, self.query_tokens, self.boundaries, count
-        )
+        return Run(self.schedule, self.rules, self.observed, rows, self.query_tokens, self.boundaries, count)
 
     def _refuse_training(self) -> None:
         if self._decoder.training:
@@ -148,13 +145,13 @@ class SparseFFN:
         """Layers whose attention is measured: for each that ranks by it the last one that attends before its FFN."""
         if self.schedule.importance != "received_attention":
             return frozenset()
-        found = set()
+        found, ranking = set(), self.schedule.measured(len(self._blocks))
         for block in self._blocks:
-            if block.index in self.measured and block.ffn:
+            if block.index in ranking and block.ffn:
                 last = block.index - 1 if block.ffn_first else block.index
                 attending = [b.index for b in self._blocks[: last + 1] if b.mixers and _attends(b)]
                 found.update(attending[-1:])
-        if self.measured and not found:
+        if ranking and not found:
             raise UnsupportedModel(
                 f"{type(self._decoder).__name__} has no attention before its sparse FFNs that could be measured: take "
                 "importance='attention_norm' or 'hidden_change'"

@@ -106,8 +106,7 @@ class Run:
     Args:
         schedule: what to do.
         rules: the band of every layer, None for dense ones.
-        measured: layers whose importance holds until the next of them.
-        observed: layers whose attention is measured for one of these.
+        observed: layers whose attention is measured.
         rows: of the forward.
         query_tokens: trailing real tokens that are the query.
         boundaries: request positions at which segments begin.
@@ -118,7 +117,6 @@ class Run:
         self,
         schedule: SparseFFNSchedule,
         rules: list[Band | None],
-        measured: frozenset[int],
         observed: frozenset[int],
         rows: Rows,
         query_tokens: int,
@@ -126,7 +124,7 @@ class Run:
         count: Callable[[int, int, int], None],
     ):
         self.schedule, self.rules, self.rows = schedule, rules, rows
-        self.measured, self.observed = measured, observed
+        self.observed = observed
         self.query_tokens, self.boundaries, self.count = query_tokens, boundaries, count
         self.received: torch.Tensor | None = None
         self._geometry = Geometry()
@@ -136,7 +134,6 @@ class Run:
         self._always: tuple[Any, torch.Tensor, int | None] | None = None
         self._chosen: tuple[int, torch.Tensor | None] | None = None
         self._gathered: tuple[int, torch.Size, torch.Tensor] | None = None  # what `norm` gave to the FFN
-        self._standing: torch.Tensor | None = None  # importance that holds until the next measured layer
         self._recency: torch.Tensor | None = None
         self._known: dict[tuple[float | None, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         if rows.splice is not None and observed:
@@ -283,7 +280,7 @@ class Run:
         real = self.rows.real
         if real is not None and real.shape != (batch, count):
             return None
-        importance = self._standing_importance(layer, original, x) if rule.ranks else self._last_first(x)
+        importance = self._importance(layer, original, x) if rule.ranks else self._last_first(x)
         if importance is None or importance.shape != (batch, count):
             return None
         always, fixed = self._always_rows(batch, count, x.device)
@@ -298,12 +295,6 @@ class Run:
             return None
         self._known[key] = (importance, index)
         return index
-
-    def _standing_importance(self, layer: int, original: Callable[..., Any], x: torch.Tensor) -> torch.Tensor | None:
-        """Of this layer, or of the last measured one before it."""
-        if layer in self.measured or self._standing is None:
-            self._standing = self._importance(layer, original, x)
-        return self._standing
 
     def _last_first(self, x: torch.Tensor) -> torch.Tensor:
         """What ranks rows where importance has no say: recency."""

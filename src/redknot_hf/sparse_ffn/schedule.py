@@ -83,8 +83,6 @@ class SparseFFNSchedule:
             what follows tends to look beside where the last queries looked.
         fill: what a row that is left out gets from the FFN. "nothing": it keeps its residual; "mean": the mean of what the
             FFN gives to the rows of its sequence that pass, sinks apart.
-        choose_every: of the layers in which importance has a say, the first measures it for so many of them; 1 measures
-            in each.
         bucket: kept rows of each sequence are rounded up to a multiple of this, with the next rows in importance, and
             where only rows pass that always do, with the most recent ones. 64 suits GEMM tiles; 1 keeps exactly what
             the rule says.
@@ -109,7 +107,6 @@ class SparseFFNSchedule:
     memory: float = 0.0
     neighbours: float = 0.0
     fill: str = "nothing"
-    choose_every: int = 1
     bucket: int = 64
     min_rows: int = 256
     name: str = ""
@@ -131,8 +128,8 @@ class SparseFFNSchedule:
         for band in self.bands:
             if not isinstance(band, Band):
                 raise RedKnotError(f"bands holds {shorten(band)}: expected Band(first, mass=... or keep=...)")
-        for name in ("sink", "boundary", "recent", "query_block", "choose_every", "bucket", "min_rows"):
-            value, least = getattr(self, name), int(name in ("query_block", "choose_every", "bucket"))
+        for name in ("sink", "boundary", "recent", "query_block", "bucket", "min_rows"):
+            value, least = getattr(self, name), int(name in ("query_block", "bucket"))
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise RedKnotError(f"{name}={shorten(value)}: expected a whole number, {least} or more")
         if self.fill not in FILLS:
@@ -168,9 +165,8 @@ class SparseFFNSchedule:
         return rules
 
     def measured(self, layers: int) -> tuple[int, ...]:
-        """Layers of a model with this many in which importance is measured, for themselves and for those that follow."""
-        ranking = [layer for layer, rule in enumerate(self.rules(layers)) if rule is not None and rule.ranks]
-        return tuple(ranking[:: self.choose_every])
+        """Layers of a model with this many in which importance is measured: those where it has a say."""
+        return tuple(layer for layer, rule in enumerate(self.rules(layers)) if rule is not None and rule.ranks)
 
     def replace(self, **changes: Any) -> SparseFFNSchedule:
         """A copy with some attributes changed."""
