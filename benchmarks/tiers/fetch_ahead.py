@@ -12,10 +12,14 @@ with
     ahead x2     twice as many stay, and likely ones are fetched ahead of the step (the default)
     ahead x4     four times as many
     global       for comparison: every token on the device, no cold tier
+    DynamicCache, OffloadedCache    of transformers, with sdpa: everything on the device; everything on the host, a layer
+                 fetched while the one before it computes (``DynamicCache(offloading=True)``)
 
-All but the first and the last must give the same logits, bit by bit. A step is timed from its call to the end of its work
-on the device; the median of ``--steps`` is reported. ``--shape`` gives random weights and random keys: times of a large
-model, but its choices mean nothing, so the share of pages found is that of unrelated queries and not of text.
+Those that read some pages must give the same logits, bit by bit. A step is timed from its call to the end of its work on
+the device; the median of ``--steps`` is reported, after ``--warm`` steps. ``--shape`` gives random weights and random keys:
+times of a large model, but its choices mean nothing, so the share of pages found is that of unrelated queries and not of
+text (``--same-token`` feeds one token again and again: queries that are more alike than those of a text). ``--retrieval-heads
+8`` makes one head in eight a retrieval head and the others local, 64 + 256.
 """
 
 from __future__ import annotations
@@ -48,6 +52,10 @@ def main() -> int:
     parser.add_argument("--text", help="text file to read (default: Python's own help topics)")
     parser.add_argument("--tokens", type=int, default=8000, help="tokens before the first timed step")
     parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--warm", type=int, default=4, help="steps before the first timed one")
+    parser.add_argument("--retrieval-heads", type=int, default=1, metavar="N", help="one head of N; others are local")
+    parser.add_argument("--same-token", action="store_true", help="with --shape: feed one token again and again")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no arm after this time")
     parser.add_argument("--retrieve", default="32", help="pages per head, or a share such as 0.95")
     parser.add_argument("--near", type=int, default=256)
     parser.add_argument("--page-size", type=int, default=16)
@@ -61,30 +69,38 @@ def main() -> int:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
     import torch
+    from transformers import DynamicCache
 
     import redknot_hf
     from redknot_hf import HeadProfile, RedKnotCache
 
+    end = time.monotonic() + args.seconds
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype)
     model, ids, name = _model(args, device, dtype)
     config = model.config
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
-    retrieval = HeadProfile(layers, heads, [["retrieval"] * heads] * layers, 0, 0)
+    every = args.retrieval_heads
+    classes = [["retrieval" if (l + h) % every == 0 else "local" for h in range(heads)] for l in range(layers)]
+    sink, window = ([[n if c == "local" else 0 for c in row] for row in classes] for n in (64, 256))
+    retrieval = HeadProfile(layers, heads, classes, sink, window)
     pick: int | float = float(args.retrieve) if "." in args.retrieve else int(args.retrieve)
     options: dict[str, Any] = {"cold": args.cold, "near_tokens": args.near, "page_size": args.page_size}
     wide = None if isinstance(pick, float) else 4 * (pick + 1)
-    arms: dict[str, tuple[HeadProfile, dict[str, Any]]] = {
+    arms: dict[str, tuple[HeadProfile | None, dict[str, Any]]] = {
         "ahead x2": (retrieval, {**options, "retrieve": pick}),
+        "DynamicCache": (None, {}),
         "kept": (retrieval, {**options, "retrieve": pick, "resident_pages": 0}),
-        "none kept": (retrieval, {**options, "retrieve": pick, "resident_pages": 0}),
-        "ahead x4": (retrieval, {**options, "retrieve": pick, "resident_pages": wide}),
+        "OffloadedCache": (None, {"offloading": device == "cuda"}),
         "global": (HeadProfile.all_global(config), {"page_size": args.page_size}),
+        "none kept": (retrieval, {**options, "retrieve": pick, "resident_pages": 0}),
         "fetch all": (retrieval, options),
+        "ahead x4": (retrieval, {**options, "retrieve": pick, "resident_pages": wide}),
     }
     about = {
         "model": name, "tokens": args.tokens, "layers": layers, "kv_heads": heads, "retrieve": pick, "near": args.near,
-        "page_size": args.page_size, "cold": args.cold, "dtype": args.dtype, "steps": args.steps,
+        "page_size": args.page_size, "cold": args.cold, "dtype": args.dtype, "steps": args.steps, "warm": args.warm,
+        "retrieval_heads": f"1 of {every}", "same_token": args.same_token,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "redknot_hf": redknot_hf.__version__},
@@ -94,8 +110,13 @@ def main() -> int:
     for arm, (profile, given) in arms.items():
         if (args.arms and not any(word in arm for word in args.arms.split(","))) or (arm == "ahead x4" and not wide):
             continue
+        if time.monotonic() > end:
+            break
         gc.collect()
-        row, logits = measure(model, RedKnotCache(config, profile, **given), ids, args, forget=arm == "none kept")
+        model.set_attn_implementation("sdpa" if profile is None else "redknot")
+        cache: Any = DynamicCache(config=config, **given) if profile is None else RedKnotCache(config, profile, **given)
+        row, logits = measure(model, cache, ids, args, forget=arm == "none kept")
+        del cache
         if "retrieve" in given:
             reference = logits if reference is None else reference
             assert torch.equal(logits, reference), f"{arm}: other logits than the first arm"
@@ -121,29 +142,40 @@ def measure(model: Any, cache: Any, ids: Any, args: argparse.Namespace, forget: 
             dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             shape = (1, config.num_key_value_heads, args.tokens, dim)
             make = lambda: torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype)  # noqa: E731
-            cache.adopt(((make(), make()) for _ in range(config.num_hidden_layers)), args.tokens)
+            pairs = ((make(), make()) for _ in range(config.num_hidden_layers))
+            if hasattr(cache, "adopt"):
+                cache.adopt(pairs, args.tokens)
+            else:
+                for layer, (k, v) in enumerate(pairs):
+                    cache.update(k, v, layer)
         else:
             for start in range(0, args.tokens, 2048):
                 model(ids[:, start : min(start + 2048, args.tokens)], past_key_values=cache, logits_to_keep=1)
-        before = None
-        for step in range(args.steps + 4):
-            if step == 4:  # the first steps find nothing on the device, and compile or choose kernels
-                before = cache.memory_report().far
+        before, ours = None, hasattr(cache, "memory_report")
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        for step in range(args.steps + args.warm):
+            if step == args.warm:  # the first steps find nothing on the device, and compile or choose kernels
+                before = cache.memory_report().far if ours else None
                 before = before + type(before)() if before is not None else None
             if forget:
                 for layer in cache.layers:
                     layer.pages.far.resident = []
             position = args.tokens + step
-            token = ids[:, position : position + 1]
+            token = ids[:, :1] if args.same_token else ids[:, position : position + 1]
             begin = time.perf_counter()
             logits = model(token, past_key_values=cache, position_ids=torch.tensor([[position]], device=model.device))
             if on_gpu:
                 torch.cuda.synchronize()
-            if step >= 4:
+            if step >= args.warm:
                 times.append((time.perf_counter() - begin) * 1e3)
                 found.append(logits.logits[0, -1].float().cpu())
-    report = cache.memory_report()
     row: dict[str, Any] = {"ms": round(statistics.median(times), 3), "ms_least": round(min(times), 3)}
+    row["ms_p90"] = round(sorted(times)[int(0.9 * len(times))], 3)
+    if not ours:
+        return row, torch.stack(found)
+    report = cache.memory_report()
     if report.far is not None and before is not None:
         per_step = {
             word: round((getattr(report.far, word) - getattr(before, word)) / args.steps, 2)
@@ -160,7 +192,7 @@ def _model(args: argparse.Namespace, device: str, dtype: Any) -> tuple[Any, Any,
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-    need = args.tokens + args.steps + 4
+    need = args.tokens + args.steps + args.warm
     torch.manual_seed(0)
     if args.shape:
         config = LlamaConfig(**SHAPES[args.shape], num_hidden_layers=args.layers)

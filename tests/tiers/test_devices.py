@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from session_helpers import prompt, steps_on, tiny_model
@@ -15,6 +16,7 @@ from test_cold import all_kept, retrieval_profile
 
 from redknot_hf import HeadProfile, RedKnotCache
 from redknot_hf.paging.frozen import FrozenPages
+from redknot_hf.paging.tiers import _Tray
 from redknot_hf.prefix import compress_prefix
 from redknot_hf.sessions.sleep import SleepingPages
 
@@ -137,6 +139,40 @@ def test_offloaded_and_back_bit_by_bit(model, options):
     assert cache.prefetch() == moved > 0
     assert (cache.layers[0].kernel is not None) == (on_gpu(model) and not options)
     assert torch.equal(steps_on(model, cache, 20), expected)
+
+
+def test_tokens_of_a_tray_are_a_chunk():
+    """Tokens that came one by one to the archive, each in one piece, read as the chunk that they are."""
+    tokens = [torch.randn(2, 3, 1, 8) for _ in range(7)]
+    with torch.inference_mode():  # the steps that follow may run in another mode
+        tray = _Tray(9, tokens[0], tokens[0][..., :4], pinned=False)
+    for place, token in enumerate(tokens):
+        tray.k[place].copy_(token)
+        tray.v[place].copy_(token[..., 4:])
+        assert tray.k[place].is_contiguous() and tray.v[place].is_contiguous()
+    k, v = tray.side_by_side(1, 6)
+    assert torch.equal(k, torch.cat(tokens[1:], 2)[..., :8]) and torch.equal(v, torch.cat(tokens[1:], 2)[..., 4:])
+
+
+@pytest.mark.parametrize("near", [32, 256])
+def test_many_tokens_one_by_one_reach_the_archive(model, near):
+    """More decode steps than are ever under way, chunks between them: what is read back is what was stored."""
+    profile = retrieval_profile(model.config)
+    cold = make(model, profile, 2, 20, cold="cpu", near_tokens=near)
+    plain = make(model, all_kept(profile), 2, 20)
+    text = prompt(2, 400, seed=1)
+    fed = 0
+    for width in [1] * 150 + [3] + [1] * 70 + [40] + [1] * 90:
+        one, other = (feed(model, cache, text[:, fed : fed + width]) for cache in (cold, plain))
+        assert (one - other).abs().max() <= SAME * other.abs().max()
+        fed += width
+    for layer, twin in zip(cold.layers, plain.layers, strict=True):
+        if layer.pages.far is None:
+            continue
+        positions = np.broadcast_to(np.arange(20 + fed), (2, 20 + fed))
+        mine = layer.pages.archive.gather(positions, layer.pages.far.rows_of_archive())
+        for half, expected in zip(mine, twin.pages.gather(positions, layer.pages.far.heads), strict=True):
+            assert (half - expected.cpu()).abs().max() <= SAME * expected.abs().max()
 
 
 def test_copies_wait_for_the_work_before_them(model):

@@ -38,12 +38,37 @@ NEAR_TOKENS = 256  # recent tokens that retrieval heads keep on the device
 
 @dataclass
 class _Arriving:
-    """A chunk on its way to the archive: keys and values ``[batch, heads, n, dim]`` on the host once ``copied``."""
+    """A chunk on its way to the archive: keys and values ``[batch, heads, n, dim]`` on the host once ``copied``.
+
+    Attributes:
+        tray, place: where a single token of each row lies, beside others.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
     new: np.ndarray
     copied: torch.cuda.Event | None
+    tray: _Tray | None = None
+    place: int = 0
+
+
+class _Tray:
+    """Page-locked memory for tokens that come one by one: to lock a page takes longer than a step of a layer.
+
+    Attributes:
+        k, v: ``[tokens, batch, heads, 1, dim]``: copies from a GPU need each token in one piece. used: tokens that are given
+            away; one that was is never given away again.
+    """
+
+    @torch.inference_mode(False)  # steps of any mode write into it
+    def __init__(self, tokens: int, k: torch.Tensor, v: torch.Tensor, pinned: bool = True):
+        self.k, self.v = (torch.empty((tokens, *x.shape), dtype=x.dtype, pin_memory=pinned) for x in (k, v))
+        self.used = 0
+
+    def side_by_side(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens ``first`` to ``last`` as ``[batch, heads, tokens, dim]``."""
+        k, v = (half[first : last + 1].squeeze(3).permute(1, 2, 0, 3) for half in (self.k, self.v))
+        return k, v
 
 
 def _side_by_side(chunks: list[_Arriving]) -> int:
@@ -95,6 +120,7 @@ class TieredPages(LayerPages):
         keeps = np.full(len(self.archived), KEEP_ALL)
         self._archive = LayerPages(cold_pool, np.zeros(len(keeps), np.int64), keeps, batch_size, contiguous=False)
         self._start_arrivals()
+        self._archived_on: torch.Tensor | None = None  # the same on the device
         if len(retrieval):
             assert bounds is not None
             self.far = FarHeads(self, retrieval, bounds, pick, budget)
@@ -110,6 +136,7 @@ class TieredPages(LayerPages):
         self._arriving: list[_Arriving] = []
         self._under_way = np.zeros(self._archive.batch_size, np.int64)  # tokens in these chunks
         self._promised = 0  # tokens beyond them for which the archive has pages
+        self._tray: _Tray | None = None
 
     def settled(self, lag: int = 0) -> LayerPages:
         """The archive, with all tokens entered but at most the latest ``lag`` ones of every row."""
@@ -128,8 +155,10 @@ class TieredPages(LayerPages):
         last = chunks[-1].copied
         if last is not None:
             last.synchronize()  # copies of one stream: the others have arrived, too
-        k, v = chunks[0].k, chunks[0].v
-        if len(chunks) > 1:
+        k, v, tray, place = chunks[0].k, chunks[0].v, chunks[0].tray, chunks[0].place
+        if tray is not None and all(chunk.tray is tray for chunk in chunks):
+            k, v = tray.side_by_side(place, chunks[-1].place)
+        elif len(chunks) > 1:
             k, v = (torch.cat([getattr(chunk, name) for chunk in chunks], 2) for name in ("k", "v"))
         new = sum((chunk.new for chunk in chunks[1:]), chunks[0].new)
         self._archive.write(k, v, new)
@@ -154,22 +183,31 @@ class TieredPages(LayerPages):
 
     def write(self, k: torch.Tensor, v: torch.Tensor, new: np.ndarray) -> None:
         super().write(k, v, new)
-        index = upload(self.archived, k.device)
+        if self._archived_on is None or self._archived_on.device != k.device:
+            self._archived_on = upload(self.archived, k.device)
+        index = self._archived_on
         parts = [half.index_select(1, index) for half in (k, v)]
         self.settled(self.lag)
         self._under_way = self._under_way + new
         if k.device.type != "cuda":
             self._arriving.append(_Arriving(parts[0], parts[1], new, None))
             return
-        halves = []
+        tray, place, halves = None, 0, []
+        if k.shape[2] == 1:
+            if self._tray is None or self._tray.used == len(self._tray.k):
+                self._tray = _Tray(self.lag, *parts)
+            tray = self._tray
+            place, tray.used = tray.used, tray.used + 1
+            halves = [tray.k[place], tray.v[place]]
+        else:
+            halves = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
         with side_stream(k.device, wait_after=False):
             side = torch.cuda.current_stream(k.device)
-            for part in parts:
+            for part, host in zip(parts, halves, strict=True):
                 part.record_stream(side)  # nobody waits: its memory must not be given away before it has been copied
-                host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-                halves.append(host.copy_(part, non_blocking=True))
+                host.copy_(part, non_blocking=True)
             copied = side.record_event()
-        self._arriving.append(_Arriving(halves[0], halves[1], new, copied))
+        self._arriving.append(_Arriving(halves[0], halves[1], new, copied, tray, place))
 
     # ------------------------------------------------------------------------------------- rows of the batch, forks
     def one_row(self, row: int) -> LayerPages:
