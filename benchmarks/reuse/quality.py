@@ -37,7 +37,8 @@ import platform
 import random
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redknot_hf import HeadProfile, RedKnotCache, __version__
 from redknot_hf.segments.prompt import SegmentedPrompt
+from redknot_hf.segments.rows import attention_weights
+from redknot_hf.segments.sample_texts import SAMPLE_TEXTS
 from redknot_hf.segments.select import Blend, Boundary, KVDeviation, PromptView, QueryAttention
+from redknot_hf.segments.splice import Observer
 from redknot_hf.segments.stores import SegmentStore
 
 MARK = "<<<documents>>>"
@@ -66,7 +70,8 @@ class Variant:
     selector: Any = "boundary"
     alone: bool = False
     relocate: bool = True
-    contexts: str = ""  # what captures are the mean over, SOURCE:COUNT
+    contexts: str = ""  # what captures are the mean over, SOURCE:COUNT[:TOKENS]
+    spread: float = 0.0
     ratios: tuple[float, ...] | None = None  # None: those of the command line
 
 
@@ -93,11 +98,33 @@ class BoundaryThenRetrieval:
         return answer, view.offsets() >= self.boundary, self.paper.heads
 
 
+class RetrievalAttention(Observer):
+    """Boundary rows, then those that the query attends to most in the heads that the profile does not call local."""
+
+    def __init__(self, profile: HeadProfile):
+        self.heads = np.array([[kind != "local" for kind in row] for row in profile.head_class])
+        self.total: Any = 0
+
+    def queries(self, layer: Any, rows: Any, q: torch.Tensor, spec: Any) -> None:
+        weights = attention_weights(q, rows, layer.k[:, :, : layer.cache.length], layer.sink, layer.window, spec)
+        mine = torch.from_numpy(self.heads[layer.index]).to(q.device)
+        self.total = self.total + weights[0][mine].mean((1, 2)).sum(0)
+
+    def __call__(self, view: PromptView) -> np.ndarray:
+        self.total = 0
+        view.run(np.unique(np.append(view.query, view.length - 1)), self)
+        score = self.total.double().cpu().numpy()
+        score = score / max(score[view.eligible].max(initial=0.0), 1e-300)
+        first = view.offsets() < 8
+        return np.where(first, 10.0 - np.minimum(view.offsets(), 8), score)
+
+
 def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]:
     known = [
         Variant("naive", alone=True, relocate=False, ratios=(0.0,)),
         Variant("relocated", alone=True, ratios=(0.0,)),
         Variant("header", ratios=(0.0,)),
+        Variant("none", ratios=(0.0,)),
         Variant("boundary_alone", Boundary(), alone=True),
         Variant("boundary", Boundary()),
         Variant("kv_deviation_alone", KVDeviation(), alone=True),
@@ -106,48 +133,49 @@ def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]
         Variant("paper", PaperHeads(profile), ratios=(1.0,)),
         Variant("boundary_retrieval", BoundaryThenRetrieval(profile, 8)),
         Variant("ours", Blend()),
+        Variant("heads", RetrievalAttention(profile)),
         Variant("full", ratios=(1.0,)),
     ]
     for text in args.blend or []:  # boundary:layer:attention:deviation[:share]
         b, l, a, d, *share = text.split(":")
         known.append(Variant(f"blend {text}", Blend(int(b), int(l), float(a), float(d), *map(float, share))))
-    for spec in args.contexts or []:
-        known += [
-            Variant(f"none @{spec}", contexts=spec, ratios=(0.0,)),
-            Variant(f"boundary @{spec}", Boundary(), contexts=spec),
-            Variant(f"kv_deviation @{spec}", KVDeviation(), contexts=spec),
-            Variant(f"query_attention @{spec}", QueryAttention(), contexts=spec),
-            Variant(f"ours @{spec}", Blend(), contexts=spec),
-        ]
-    if args.variants:
-        names = [variant.name for variant in known]
-        unknown = set(args.variants) - set(names)
-        if unknown:
-            sys.exit(f"--variants: {', '.join(sorted(unknown))} unknown; there are {', '.join(names)}")
-        return [v for v in known if v.name in args.variants or v.name.startswith("blend ")]
-    return known
+    if not args.variants:
+        return known
+    by_name = {variant.name: variant for variant in known}
+    found = []
+    for name in args.variants:
+        rest, _, contexts = name.partition(" @")
+        rest, _, spread = rest.partition("~")
+        if rest not in by_name:
+            sys.exit(f"--variants: {rest} unknown; there are {', '.join(by_name)}")
+        found.append(replace(by_name[rest], name=name, contexts=contexts, spread=float(spread or 0)))
+    return found + [v for v in known if v.name.startswith("blend ") and v.name not in args.variants]
 
 
 def contexts_of(spec: str, args: argparse.Namespace, tokenizer: Any, half: int) -> list[list[int]]:
-    """Sample texts of --context-tokens tokens that segments are captured behind.
+    """Sample texts that segments are captured behind, 300 tokens of each unless said otherwise.
 
     Args:
-        spec: ``corpus:N``, paragraphs of N other questions of the sample, or ``text:N``, N passages of --context-text.
+        spec: ``corpus:N[:T]``, paragraphs of N other questions of the sample, ``text:N[:T]``, N passages of
+            --context-text, or ``sample:N[:T]``, the texts that come with the package; at most T tokens of each.
         half: 0 or 1: samples for the prompts of the first half of the questions come from the second, and the other way
             round, so that no prompt is built from what its segments were captured behind.
     """
-    source, _, count = spec.partition(":")
+    source, count, *tokens = spec.split(":")
     if source == "corpus":
         prompts = load_prompts(args.data, QUESTIONS, args.seed, args.documents, args.task)
         others = prompts[: QUESTIONS // 2] if half else prompts[QUESTIONS // 2 :]
         texts = ["".join(p["documents"]) for p in others[:: max(1, len(others) // int(count))]][: int(count)]
+    elif source == "sample":
+        texts = list(SAMPLE_TEXTS[: int(count)])
     elif source == "text" and args.context_text:
         with gzip.open(args.context_text, "rt") as file:
-            whole = file.read(int(count) * 4000)
-        texts = [whole[i : i + 4000] for i in range(0, len(whole), 4000)]
+            whole = file.read(int(count) * 6000)
+        texts = [whole[i : i + 6000] for i in range(0, len(whole), 6000)]
     else:
-        sys.exit(f"--contexts {spec}: expected corpus:N, or text:N together with --context-text")
-    return [tokenizer(text, add_special_tokens=False)["input_ids"][: args.context_tokens] for text in texts]
+        sys.exit(f"contexts {spec}: expected corpus:N, sample:N, or text:N together with --context-text")
+    most = int(tokens[0]) if tokens else 300
+    return [tokenizer(text, add_special_tokens=False)["input_ids"][:most] for text in texts]
 
 
 class Makers:
@@ -169,14 +197,23 @@ class Makers:
                 HeadProfile.all_global(self.model.config),
                 header=self.header,
                 contexts=contexts,
+                batch_tokens=self.args.batch_tokens,
             )
             if variant.alone:
                 maker.behind = []
             self._made[kind] = maker
         return self._made[kind]
 
+    def capture(self, variants: Sequence[Variant], prompts: Sequence[dict[str, Any]]) -> None:
+        """Compute the documents of some prompts together, which a GPU does in far fewer launches."""
+        for variant in variants:
+            for half in (0, 1):
+                some = [p for p in prompts if int(p["i"] % QUESTIONS >= QUESTIONS // 2) == half]
+                if some:
+                    self(variant, some[0]).add_many([text for p in some for text in p["documents"]])
+
     def forget(self) -> None:
-        """Give the documents of one prompt back."""
+        """Give the documents of some prompts back."""
         for maker in self._made.values():
             maker.store.gc(max_bytes=1)
 
@@ -370,27 +407,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     parser.add_argument("--task", choices=["hotpot", "codes"], default="hotpot")
     parser.add_argument("--n", type=int, default=100)
+    parser.add_argument("--start", type=int, default=0, help="first prompt; --n is the end")
     parser.add_argument(
         "--documents", type=int, default=4, help="segments that the ten paragraphs are joined to; 10: each its own"
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.15, 0.3])
-    parser.add_argument("--variants", nargs="+", help="only these")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        metavar="NAME[~D][ @SOURCE:N[:T]]",
+        help="only these; ~D: spread over D tokens; @SOURCE:N[:T]: captures are means over N contexts of T tokens, from "
+        "corpus, text or sample",
+    )
     parser.add_argument(
         "--blend", nargs="+", metavar="B:L:A:D[:S]", help="more: boundary:layer:attention:deviation:share"
     )
-    parser.add_argument(
-        "--contexts",
-        nargs="+",
-        metavar="SOURCE:N",
-        help="more variants, NAME @SOURCE:N: captures are means over N sample texts, corpus:N or text:N",
-    )
     parser.add_argument("--context-text", type=Path, help="for text:N: a .gz of text")
-    parser.add_argument("--context-tokens", type=int, default=300)
     parser.add_argument("--profile", help="head map of the head-wise variants; default: shipped, else spread")
     parser.add_argument(
         "--generate", nargs="*", default=["boundary", "ours"], help="variants that answer on their own, too"
     )
     parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--group", type=int, default=1, help="prompts whose documents are computed together")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="of one forward of documents")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th prompt from I on: one of N processes")
     parser.add_argument("--report-only", action="store_true", help="the tables of what OUT/quality.jsonl holds")
     parser.add_argument("--max-seconds", type=float, help="begin no further prompt after this time")
@@ -420,19 +459,31 @@ def main() -> None:
     begin = time.time()
     with log.open("a") as file:
         shard, shards = map(int, args.shard.split("/"))
-        for prompt in tqdm([] if args.report_only else prompts[shard::shards], desc="prompts"):
-            plan = [(v, r) for v in variants for r in (v.ratios or args.ratios) if (prompt["i"], v.name, r) not in done]
-            if not plan:
-                continue
+
+        def plan_of(prompt: dict[str, Any]) -> list[tuple[Variant, float]]:
+            every = [(v, r) for v in variants for r in (v.ratios or args.ratios)]
+            return [(v, r) for v, r in every if (prompt["i"], v.name, r) not in done]
+
+        mine = (
+            [] if args.report_only else [prompt for prompt in prompts[args.start :][shard::shards] if plan_of(prompt)]
+        )
+        for count, prompt in enumerate(tqdm(mine, desc="prompts")):
             if args.max_seconds and time.time() - begin > args.max_seconds:
                 break
+            plan = plan_of(prompt)
+            if count % args.group == 0:
+                makers.forget()
+                together = mine[count : count + args.group]
+                makers.capture([Variant("first"), *(v for p in together for v, _ in plan_of(p))], together)
             query = f"Question: {prompt['question']}{tail}{prompt['start']}"
             gold = tokenizer(prompt["answer"], add_special_tokens=False)["input_ids"]
 
             def build(variant: Variant, ratio: float, prompt: Any = prompt, query: str = query) -> Any:
                 maker = makers(variant, prompt)
                 ids = maker.add_many(prompt["documents"])
-                return maker.build(ids, query, ratio, variant.selector, relocate=variant.relocate)
+                return maker.build(
+                    ids, query, ratio, variant.selector, spread=variant.spread, relocate=variant.relocate
+                )
 
             first = build(Variant("first"), 0.0)
             full = reference(model, first["input_ids"], gold, args.max_new_tokens, stop)
@@ -460,9 +511,8 @@ def main() -> None:
                 records.append(record)
                 file.write(json.dumps(record) + "\n")
                 file.flush()
-            makers.forget()
     wanted = {(v.name, r) for v in variants for r in (v.ratios or args.ratios)}
-    chosen = [r for r in records if (r["variant"], r["ratio"]) in wanted and r["i"] < args.n]
+    chosen = [r for r in records if (r["variant"], r["ratio"]) in wanted and args.start <= r["i"] < args.n]
     report(args, summarize(chosen), profile, time.time() - begin)
 
 

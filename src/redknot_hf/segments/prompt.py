@@ -43,7 +43,8 @@ from .placing import Loader, Place
 from .rope import Relocator
 from .rows import RowSet
 from .select import Choice, PromptView, Selector, choose, selector_of
-from .splice import Layout, SpliceCache, forward_rows, narrow_rows
+from .splice import Layout, Observer, SpliceCache, forward_rows, narrow_rows
+from .spread import Spread
 from .stores import SegmentStore
 from .transfer import Upload
 
@@ -288,6 +289,7 @@ class SegmentedPrompt:
         recompute: float | Sequence[float] = DEFAULT_RATIO,
         selector: str | Selector = DEFAULT_SELECTOR,
         *,
+        spread: float = 0.0,
         relocate: bool = True,
     ) -> SplicedPrompt:
         """Put a prompt together.
@@ -299,6 +301,8 @@ class SegmentedPrompt:
                 At 1 the result equals a full prefill.
             selector: "boundary", "kv_deviation", "query_attention", "blend", an object from `select`, or a callable
                 that takes a `PromptView`.
+            spread: rows that are not computed take over what recomputation changed at rows of their segment, most from
+                those within this many tokens (see `redknot_hf.segments.spread`). 0 leaves them as they were stored.
             relocate: False keeps the keys rotated for where they were computed. Wrong; measured as a baseline.
 
         Returns:
@@ -311,7 +315,7 @@ class SegmentedPrompt:
         missed: set[str] = set()
         with Checks() as checks:
             while True:  # a second time only if an entry turns out damaged after it has been used
-                built = self._build(segments, query, recompute, selector, relocate, checks, missed, clock)
+                built = self._build(segments, query, recompute, selector, spread, relocate, checks, missed, clock)
                 damaged = checks.failures()
                 if not damaged:
                     return built
@@ -324,6 +328,7 @@ class SegmentedPrompt:
         query: Tokens,
         recompute: float | Sequence[float],
         selector: str | Selector,
+        spread: float,
         relocate: bool,
         checks: Checks,
         missed: set[str],
@@ -339,6 +344,8 @@ class SegmentedPrompt:
         if not length:
             raise RedKnotError("the prompt is empty: give segments, a query or a header")
         ratios = self._ratios(recompute)
+        if not (isinstance(spread, (int, float)) and spread >= 0):
+            raise RedKnotError(f"spread={shorten(spread)}: expected a number of tokens, 0 for none")
 
         found = self._fetch(keys, checks)
         clock.mark("store")
@@ -373,7 +380,8 @@ class SegmentedPrompt:
             cache.partial_heads = list(chosen.heads)
         clock.mark("select")
 
-        self._recompute(view, chosen, ratios)
+        stale = [(place.start, place.stop) for place, right in zip(places, exact, strict=True) if not right]
+        self._recompute(view, chosen, ratios, Spread(stale, self.relocator, spread) if spread else None)
         loader.finish()
         clock.mark("recompute")
         cache.hand_over(length - 1)
@@ -443,7 +451,7 @@ class SegmentedPrompt:
         if dense:
             view.run_early_layers(dense[-1])
 
-    def _recompute(self, view: PromptView, chosen: Choice, ratios: list[float]) -> None:
+    def _recompute(self, view: PromptView, chosen: Choice, ratios: list[float], observer: Observer | None) -> None:
         """The one forward: chosen rows and query."""
         end = view.length - 1
         query = view.query[view.query < end]
@@ -463,9 +471,9 @@ class SegmentedPrompt:
                     raise RedKnotError("recompute: a schedule that falls to 0 needs a query of at least two tokens")
         if at:
             with narrow_rows(self.model, view.cache, at):
-                forward_rows(self.model, view.cache, ids, rows)
+                forward_rows(self.model, view.cache, ids, rows, observer)
         else:
-            forward_rows(self.model, view.cache, ids, rows)
+            forward_rows(self.model, view.cache, ids, rows, observer)
 
     def _account(
         self,
