@@ -94,3 +94,23 @@ def test_without_any_row_beyond_the_sinks_nothing_is_filled_in():
         logits = model(ids).logits
     with torch.no_grad(), SparseFFN(model, SCHEDULE.replace(keep=0.0, bucket=1, sink=20, recent=0, fill="nothing")):
         assert torch.equal(logits, model(ids).logits)
+
+
+def test_what_overflows_in_one_sequence_does_not_reach_another():
+    model, ids = tiny("llama"), tokens(2, 40)
+    mlp = model.get_decoder().layers[2].mlp
+
+    def overflow(module, args, output):
+        output = output.clone()
+        output[0, 0] = float("inf")  # the first row that passes is the first sequence's
+        return output
+
+    with torch.no_grad(), SparseFFN(model, SCHEDULE.replace(sink=0)):
+        alone = model(ids[1:]).logits
+        hook = mlp.register_forward_hook(overflow)
+        try:
+            both = model(ids).logits
+        finally:
+            hook.remove()
+    assert not both[0].isfinite().all()
+    assert torch.allclose(both[1], alone[0], atol=1e-4)

@@ -234,10 +234,14 @@ class Run:
         batch, rows = shape
         if self.schedule.fill == "nothing":
             return few.new_zeros(shape.numel(), few.shape[-1])
-        counts = self._beyond_sinks(batch, rows, few.device).flatten()[index]
-        mine = (index // rows == torch.arange(batch, device=index.device)[:, None]) & counts
-        weights = mine / mine.sum(1, keepdim=True).clamp_min(1)
-        return (weights.to(few.dtype) @ few)[:, None].expand(-1, rows, -1).flatten(0, 1).contiguous()
+        counts = self._beyond_sinks(batch, rows, few.device).flatten()[index].float()
+        # each sequence by itself: zero times another's infinity would be NaN
+        sizes = [len(index)] if batch == 1 else torch.bincount(index // rows, minlength=batch).tolist()
+        means = [
+            (count / count.sum().clamp_min(1)).to(few.dtype) @ part
+            for count, part in zip(counts.split(sizes), few.split(sizes), strict=True)
+        ]
+        return torch.stack(means)[:, None].expand(-1, rows, -1).flatten(0, 1).contiguous()
 
     def _beyond_sinks(self, batch: int, count: int, device: torch.device) -> torch.Tensor:
         """bool ``[batch, count]``: rows that are no sinks. What an FFN gives to a sink says nothing of other rows."""
