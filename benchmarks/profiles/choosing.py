@@ -29,7 +29,7 @@ from redknot_hf.heads.profiler.tasks import collate
 from redknot_hf.heads.profiler.validation import Prompts, full_reference
 from redknot_hf.heads.profiler.visibility import HeadMap
 
-WINDOWS = (64, 128, 256, 512, 1024)
+WINDOWS = (32, 64, 128, 256, 512, 1024)
 """Window sizes that ours may give a local head; the mean is that of all other rules."""
 
 
@@ -109,7 +109,7 @@ def choose_ours(
                 model, layout, calibration.prompts, windows=WINDOWS, sink=rules.SINK,
                 objective=objective or Objective(), sketches=load.search_sketches, seed=0, mode=mode,
                 rounds=load.rounds, lengths=load.lengths, singles=load.singles, finalists=load.finalists,
-                deployed_rounds=load.deployed_rounds,
+                deployed_rounds=load.deployed_rounds, starts=load.starts, alone=load.alone,
             ))  # fmt: skip
             profile = select_profile(
                 model.config, layout, calibration.measured, budget=budget, mean_window=window, search=search

@@ -17,7 +17,7 @@ from redknot_hf.heads.profiler.local_model import LocalModel, linearise, option_
 from redknot_hf.heads.profiler.many_maps import map_costs, map_rows
 from redknot_hf.heads.profiler.moves import single_moves, walk
 from redknot_hf.heads.profiler.objective import Objective, prompt_terms
-from redknot_hf.heads.profiler.refine import Search, refine, search_on
+from redknot_hf.heads.profiler.refine import Search, refine, refine_best, search_on
 from redknot_hf.heads.profiler.tasks import collate
 from redknot_hf.heads.profiler.validation import full_reference, measure
 
@@ -195,3 +195,18 @@ def test_the_search_finds_the_planted_head_from_a_map_without_it(planted_model, 
     best, history = refine(choice, 32 * 5, search)
     assert CELLS[int((best == 3).nonzero())] == PLANTED
     assert history[-1]["cost"] < history[0]["cost"]
+
+
+def test_of_several_starts_the_best_goes_on():
+    """Two starts, one far from the best map: the search ends as the winner's own would, and says what each had reached."""
+    local = random_model(6, 3)
+    search = Search(WINDOWS, lambda *_: local, lambda cs: [local.predict(c) for c in cs], rounds=6, singles=8)
+    starts = {"a": torch.tensor([3, 3, 1, 1, 1, 1]), "b": torch.tensor([1, 1, 1, 1, 3, 3])}
+    name, (best, history), trail, reached = refine_best(starts, 32 * 4, search)
+    alone = {key: refine(choice, 32 * 4, search)[1] for key, choice in starts.items()}
+    assert reached == {key: one[min(2, len(one) - 1)]["cost"] for key, one in alone.items()}
+    assert name == min(reached, key=reached.get)
+    assert history == alone[name] and history[-1]["cost"] == local.predict(best)
+    assert trail and torch.equal(trail[-1], best)
+    one = refine_best({"a": starts["a"]}, 32 * 4, search)
+    assert one[0] == "a" and one[1][1] == alone["a"] and one[3] == {}

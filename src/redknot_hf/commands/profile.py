@@ -41,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--windows",
         type=int,
         nargs="+",
-        default=[64, 128, 256, 512, 1024],
+        default=[32, 64, 128, 256, 512, 1024],
         metavar="W",
-        help="window sizes to choose from, tokens (default: 64 128 256 512 1024)",
+        help="window sizes to choose from, tokens (default: 32 64 128 256 512 1024)",
     )
     parser.add_argument(
         "--mean-window", type=int, default=256, help="average window of local heads, tokens (default %(default)s)"

@@ -20,7 +20,7 @@ from .choose import METHODS, select_profile
 from .collect import batches, build_prompts, fingerprint, frozen, measure_heads, workload
 from .intercept import decoder_layout
 from .objective import Objective
-from .refine import search_on
+from .refine import FIRST_ROUNDS, search_on
 from .tasks import collate
 from .tolerance import read_tolerance, search_budget
 from .validation import PREFILL_MODES, Prompts, full_reference, validate_profile
@@ -37,7 +37,7 @@ def profile_heads(
     tolerance: float | Mapping[str, float] | None = None,
     method: str = "joint",
     sink: int = 4,
-    windows: Sequence[int] = (64, 128, 256, 512, 1024),
+    windows: Sequence[int] = (32, 64, 128, 256, 512, 1024),
     mean_window: int = 256,
     prefill: str = "windowed",
     context: int = 2048,
@@ -117,7 +117,7 @@ def profile_heads(
     batched = [*batches(needles, load.batch), *batches(plain, load.batch)]
     units = sum(1 + (load.text_sketches if b[0].kind == "text" else load.needle_sketches) for b in batched) + steps
     held_batches = [*batches(held[0], load.batch), *batches(held[1], load.batch)] if validate else []
-    rounds = load.rounds if method == "joint" and budget is not None else 0
+    rounds = load.rounds + FIRST_ROUNDS * (load.starts - 1) if method == "joint" and budget is not None else 0
     with frozen(model), _bar(units + rounds + 2 * len(held_batches), progress) as bar:
         measured = measure_heads(
             model, layout, needles, plain, load, sink=sink, windows=windows, gate_window=gate_window,
@@ -133,7 +133,8 @@ def profile_heads(
         search = search_on(
             model, layout, prompts, windows=windows, sink=sink, objective=Objective(), sketches=load.search_sketches,
             seed=seed, mode=prefill if load.deployed else "full", rounds=load.rounds, lengths=load.lengths, singles=load.singles,
-            finalists=load.finalists, deployed_rounds=load.deployed_rounds, step=lambda: bar.update(1),
+            finalists=load.finalists, deployed_rounds=load.deployed_rounds,
+            starts=load.starts, alone=load.alone, step=lambda: bar.update(1),
         )  # fmt: skip
         search = replace(search, load=partial(_load_search, state), save=partial(_save_search, state))
         bar.set_description("full cache on held-out prompts")

@@ -12,8 +12,8 @@ from ..model_shape import describe_config
 from ..profile import HeadProfile
 from .collect import Measured
 from .intercept import DecoderLayout
-from .refine import Search, refine
-from .selection import candidates, head_count, quadratic
+from .refine import Search, refine, refine_best
+from .selection import by_order, candidates, head_count, quadratic
 from .validation import rounded
 
 __all__ = ["METHODS", "select_profile"]
@@ -80,6 +80,9 @@ def select_profile(
     note: dict[str, Any] = {}
     sink = measured.scores.sink
     if search is not None and method != "gates" and 0 < count < len(cells):
+        if search.alone:
+            order = _alone(search, len(cells), middle)
+            found |= by_order(order, gates, text, needle, count, windows, mean_window)
         names = list(found)
         options = list(found.values())
         costs = list(search.cost(options))
@@ -90,9 +93,14 @@ def select_profile(
         limit = mean_window * (len(cells) - count)
         finalists = {best: chosen}
         if method == "joint":
-            trail: list[Tensor] = []
-            refined, history = refine(chosen, limit, search, f"{count} global", trail)
-            note.update(started_from=best, search=history)
+            kinds: dict[str, str] = {}  # the best map of every kind: two of a kind lead to the same place
+            for i in ranked:
+                kinds.setdefault(names[i].split(",")[0], names[i])
+            starts = {name: found[name] for name in list(kinds.values())[: search.starts]}
+            start, (refined, history), trail, reached = refine_best(starts, limit, search, f"{count} global")
+            note.update(started_from=start, search=history)
+            if reached:
+                note["starts"] = reached
             best, chosen = "joint search", refined
             last = trail[:-1][::-1][: max(0, search.finalists - 2)]  # fewer rounds fit the mode of the search less
             finalists = {best: refined, **finalists, **{f"joint search, {i + 1} back": m for i, m in enumerate(last)}}
@@ -122,6 +130,17 @@ def select_profile(
         "scores": _scores(measured, layout, middle),
     }  # fmt: skip
     return profile
+
+
+def _alone(search: Search, heads: int, window: int) -> list[int]:
+    """Heads by what the objective loses when one of them alone has a window, most first."""
+    maps = []
+    for head in range(heads):
+        choice = torch.full((heads,), len(search.windows))
+        choice[head] = window
+        maps.append(choice)
+    costs = list(search.cost(maps))
+    return sorted(range(heads), key=lambda head: -costs[head])
 
 
 def _scores(measured: Measured, layout: DecoderLayout, middle: int) -> dict[str, list[list[float | None]]]:

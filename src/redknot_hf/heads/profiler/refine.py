@@ -11,8 +11,8 @@ All functions but `search_on` know choices (`[heads]` option indices, the last o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,10 @@ from .objective import Objective
 from .validation import Prompts
 from .visibility import windowed_handler
 
-__all__ = ["Search", "refine", "search_on"]
+__all__ = ["FIRST_ROUNDS", "Search", "refine", "refine_best", "search_on"]
+
+FIRST_ROUNDS = 2
+"""Rounds of every start before the best of them goes on alone."""
 
 
 def _combined(choice: Tensor, steps: Sequence[Tensor]) -> list[Tensor]:
@@ -65,6 +68,8 @@ class Search:
         rounds: at most.
         lengths: of the walk that are measured: the prediction is good near the start and cheap to overrun.
         singles: moves to measure per round beside the walk.
+        starts: maps that are searched from, of different kinds; after `FIRST_ROUNDS` rounds only the best goes on.
+        alone: whether maps that rank heads by what each costs alone are starts too; that many more maps are measured.
         patience: rounds in a row that may bring nothing.
         step: called after every round.
         load, save: of an interrupted search by its key: the best choice and the history so far.
@@ -79,6 +84,8 @@ class Search:
     rounds: int = 8
     lengths: Sequence[int] = (1, 2, 3, 4, 6, 8, 12, 16, 24)
     singles: int = 24
+    starts: int = 1
+    alone: bool = False
     patience: int = 1
     step: Callable[[], Any] = lambda: None
     more_sinks: Callable[[Tensor, Sequence[int]], Sequence[float]] | None = None
@@ -102,6 +109,8 @@ def search_on(
     singles: int,
     finalists: int = 2,
     deployed_rounds: int = 0,
+    starts: int = 1,
+    alone: bool = False,
     step: Callable[[], Any] = lambda: None,
 ) -> Search:
     """A search that runs a model.
@@ -115,7 +124,7 @@ def search_on(
         sketches: random backward passes per batch and round.
         seed: of the sketches.
         mode: "full" or "windowed", of the deployment.
-        rounds, lengths, singles, finalists, step: as in `Search`.
+        rounds, lengths, singles, finalists, starts, alone, step: as in `Search`.
         deployed_rounds: of the search that goes on in `mode`, if that is not "full": every map then takes a prefill of
             every prompt, so it sees some of them.
     """
@@ -164,7 +173,7 @@ def search_on(
     )  # fmt: skip
     return Search(
         windows, expand, cost, None if mode == "full" else deployed, finalists, then if going_on else None, rounds,
-        lengths, singles, 2 if split else 1, step, more_sinks,
+        lengths, singles, starts, alone, 2 if split else 1, step, more_sinks,
     )  # fmt: skip
 
 
@@ -215,3 +224,37 @@ def refine(choice: Tensor, limit: int, search: Search, key: str = "search", trai
         search.save(key, (best, history))
         search.step()
     return best, history
+
+
+def refine_best(
+    starts: Mapping[str, Tensor], limit: int, search: Search, key: str = "search"
+) -> tuple[str, State, list[Tensor], dict[str, float]]:
+    """Search from several maps for a while, then from the one that got furthest.
+
+    Args:
+        starts: maps by name.
+        limit, search, key: as in `refine`.
+
+    Returns:
+        name of the start that won; its best choice and history; its trail; what every start had come to when it was
+        decided.
+    """
+    held: dict[str, State] = {}
+
+    def load(name: str) -> State | None:
+        return held[name] if name in held else search.load(name)
+
+    def save(name: str, state: State) -> None:
+        held[name] = (state[0], list(state[1]))
+        search.save(name, state)
+
+    keys = {name: key if len(starts) == 1 else f"{key}, {name}" for name in starts}
+    trails: dict[str, list[Tensor]] = {name: [] for name in starts}
+    reached: dict[str, float] = {}
+    if len(starts) > 1:
+        short = replace(search, rounds=min(FIRST_ROUNDS, search.rounds), load=load, save=save)
+        for name, choice in starts.items():
+            reached[name] = refine(choice, limit, short, keys[name], trails[name])[1][-1]["cost"]
+    name = min(reached, key=reached.__getitem__) if reached else next(iter(starts))
+    state = refine(starts[name], limit, replace(search, load=load, save=save), keys[name], trails[name])
+    return name, state, trails[name], reached

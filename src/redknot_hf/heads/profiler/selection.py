@@ -17,7 +17,7 @@ from torch import Tensor
 from .local_model import LocalModel
 from .moves import exchanges, one_thread
 
-__all__ = ["candidates", "choose_windows", "head_count", "quadratic", "rank_heads"]
+__all__ = ["by_order", "candidates", "choose_windows", "head_count", "quadratic", "rank_heads"]
 
 
 def head_count(budget: float, heads: int) -> int:
@@ -150,4 +150,32 @@ def candidates(
             one = torch.full((len(gates),), middle)
             one[list(chosen)] = len(windows)
             add(f"{name}, one window", one)
+    return found
+
+
+def by_order(
+    order: Sequence[int], gates: Tensor, text_rows: Tensor, needle_rows: Tensor, count: int, windows: Sequence[int],
+    mean_window: int,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Head maps from an order of heads that was measured: the first of it, and the rest after the retrieval gates.
+
+    Args:
+        order: all heads, the most important first.
+        gates, text_rows, needle_rows, count, windows, mean_window: as in `candidates`.
+
+    Returns:
+        By name, `[heads]` option indices, as `candidates` gives them.
+    """
+    balanced = quadratic([(text_rows, 1.0), (needle_rows, 1.0)])
+    middle = min(range(len(windows)), key=lambda w: abs(windows[w] - mean_window))
+    retrieval = [int(h) for h in gates.argsort(descending=True) if gates[h] >= 0.5]
+    mixed = retrieval + [h for h in order if h not in retrieval]
+    found = {}
+    for name, heads in (("heads alone", list(order)), ("gates and heads alone", mixed)):
+        chosen = set(heads[:count])
+        found[name] = choose_windows(chosen, balanced, windows, mean_window)
+        if windows[middle] <= mean_window:
+            one = torch.full((len(gates),), middle)
+            one[list(chosen)] = len(windows)
+            found[f"{name}, one window"] = one
     return found
