@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from session_helpers import feed, make, prompt, steps
 
 from redknot_hf import HeadProfile, RedKnotCache
 from redknot_hf.errors import CacheError, PoolExhausted
+from redknot_hf.paging.pool import PagePool, PoolCeiling
 
 
 def held(*caches) -> int:
@@ -47,6 +49,64 @@ def test_the_pools_stay_below_it_and_nothing_is_lost(tiny, kind, step):
     del fork
     cache.max_bytes = None
     assert torch.equal(steps(tiny, cache, 20), steps(tiny, twin, 20))
+
+
+@pytest.mark.parametrize("what", ["grow", "begin"])
+def test_pools_that_grow_on_two_threads_do_not_count_on_the_same_room(monkeypatch, what):
+    """Both have looked before either has taken anything: one gets the room, the other one is refused."""
+    ceiling = PoolCeiling()
+    make = lambda: PagePool(8, 16, 16, torch.float32, torch.device("cpu"), ceiling=ceiling)  # noqa: E731
+    pools = [make(), make()]
+    ceiling.max_bytes = ceiling.held + 30 * pools[0].page_bytes
+    slab, waiting = PagePool._slab, threading.Event()
+
+    def slow(self, *given):
+        waiting.wait(0.3)  # long enough for the other thread to ask
+        return slab(self, *given)
+
+    monkeypatch.setattr(PagePool, "_slab", slow)
+    refused: list[PoolExhausted] = []
+
+    def run(pool: PagePool) -> None:
+        try:
+            if what == "grow":
+                pool.reserve(20)
+            else:
+                pools.append(PagePool(8, 16, 16, torch.float32, torch.device("cpu"), 19, ceiling))
+        except PoolExhausted as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=run, args=(pool,)) for pool in list(pools)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 1 and "max_bytes" in str(refused[0])
+    assert ceiling.held == sum(pool.allocated_bytes for pool in pools) <= ceiling.max_bytes
+    monkeypatch.setattr(PagePool, "_slab", slab)
+    ceiling.max_bytes *= 3
+    pools[0].reserve(25)
+    pools[1].reserve(25)
+    assert ceiling.held == sum(pool.allocated_bytes for pool in pools) <= ceiling.max_bytes
+
+
+def test_a_growth_that_fails_gives_its_room_back(monkeypatch):
+    ceiling = PoolCeiling()
+    pool = PagePool(8, 16, 16, torch.float32, torch.device("cpu"), ceiling=ceiling)
+    ceiling.max_bytes = 100 * pool.page_bytes
+
+    def none(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PagePool, "_slab", none)
+        for _ in range(3):
+            with pytest.raises(PoolExhausted, match="no memory on cpu"):
+                pool.reserve(60)
+            with pytest.raises(PoolExhausted, match="no memory on cpu"):
+                PagePool(8, 16, 16, torch.float32, torch.device("cpu"), 60, ceiling)
+    assert ceiling.held == pool.allocated_bytes
+    pool.reserve(90)
 
 
 def test_a_prompt_that_does_not_fit_leaves_its_past(tiny):

@@ -10,8 +10,10 @@ and zero times a stale NaN or Inf would still be NaN.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import NoReturn
 
 import numpy as np
@@ -57,20 +59,51 @@ class PoolCeiling:
         self.max_bytes = max_bytes
         self.lock = threading.RLock()  # taken by a pool that holds its own lock, never the other way round
         self._pools: weakref.WeakSet[PagePool] = weakref.WeakSet()
+        # bytes that pools which grow now will have, so that one on another thread does not count on them, too
+        self._promised: dict[int, int] = {}
 
     @property
     def held(self) -> int:
-        return sum(pool.allocated_bytes for pool in list(self._pools))
+        """Bytes of all pools, those that grow now counted as grown."""
+        with self.lock:
+            pools = {id(pool): pool.allocated_bytes for pool in list(self._pools)}
+            return sum(max(pools.get(name, 0), self._promised.get(name, 0)) for name in {*pools, *self._promised})
 
-    def join(self, pool: PagePool) -> None:
-        self._pools.add(pool)
-
-    def rows(self, pool: PagePool, needed: int, wanted: int) -> int:
-        """Pages that ``pool`` may have in all: ``wanted``, or fewer if others could not have as many more then.
+    @contextlib.contextmanager
+    def beginning(self, pool: PagePool, size: int) -> Iterator[None]:
+        """While ``pool``, which is new, takes its first ``size`` bytes; it has joined the others afterwards.
 
         Raises:
-            PoolExhausted: not even the ``needed`` ones.
+            PoolExhausted: they may not be taken.
         """
+        with self.lock:
+            self.check(size)
+            self._promised[id(pool)] = size
+        try:
+            yield
+            with self.lock:
+                self._pools.add(pool)
+        finally:
+            with self.lock:
+                del self._promised[id(pool)]
+
+    @contextlib.contextmanager
+    def growing(self, pool: PagePool, needed: int, wanted: int) -> Iterator[int]:
+        """While ``pool`` grows to that many pages: ``wanted``, or fewer if others could not have as many more then.
+
+        Raises:
+            PoolExhausted: not even the ``needed`` ones may be taken.
+        """
+        with self.lock:
+            rows = self._rows(pool, needed, wanted)
+            self._promised[id(pool)] = rows * pool.page_bytes
+        try:
+            yield rows
+        finally:
+            with self.lock:
+                del self._promised[id(pool)]
+
+    def _rows(self, pool: PagePool, needed: int, wanted: int) -> int:
         if self.max_bytes is None:
             return wanted
         there = pool.allocated_bytes // pool.page_bytes
@@ -81,13 +114,17 @@ class PoolCeiling:
         return max(needed, min(wanted, there + max(more, room // max(1, len(self._pools)))))
 
     def check(self, more: int) -> None:
-        """Raise unless ``more`` bytes may be taken.
+        """Raise unless ``more`` bytes may be taken now.
 
         Raises:
             PoolExhausted: they may not.
         """
         if self.max_bytes is not None and more > max(0, self.max_bytes - self.held):
             self._refuse(more)
+
+    def join(self, pool: PagePool) -> None:
+        with self.lock:
+            self._pools.add(pool)
 
     def _refuse(self, more: int) -> NoReturn:
         raise PoolExhausted(
@@ -132,11 +169,11 @@ class PagePool:
         self.lock = threading.RLock()
         rows = 1 + (capacity or 0)
         size = rows * page_size * (key_dim + value_dim) * dtype.itemsize
-        if ceiling is not None:
-            ceiling.check(size)
+        claim = contextlib.nullcontext() if ceiling is None else ceiling.beginning(self, size)
         try:
-            self.k = self._slab(rows, key_dim, dtype, device)
-            self.v = self._slab(rows, value_dim, dtype, device)
+            with claim:
+                self.k = self._slab(rows, key_dim, dtype, device)
+                self.v = self._slab(rows, value_dim, dtype, device)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -150,11 +187,10 @@ class PagePool:
         self.releases = 0  # how often references were dropped: whoever shares pages may be alone since
         self._used = np.zeros(rows, bool)  # handed out before, so possibly not zero
         self._spare = np.zeros(rows, bool)  # free, and kept for the run before it while other pages are left
-        if ceiling is not None:
-            ceiling.join(self)
 
     def _slab(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.zeros(rows, self.page_size, dim, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # forwards of any mode write into it
+            return torch.zeros(rows, self.page_size, dim, dtype=dtype, device=device)
 
     @property
     def num_pages(self) -> int:
@@ -179,7 +215,7 @@ class PagePool:
         """Bytes of the pages that somebody holds."""
         return (self.num_pages - 1 - self.num_free) * self.page_bytes
 
-    # ------------------------------------------------------------------------------------------------ hand out
+    # ---------------------------------------------------------------------------------------------------- grow
     def reserve(self, count: int, spare: int | None = None) -> None:
         """Make sure that ``count`` more pages are free, growing the slabs if they may grow.
 
@@ -203,39 +239,46 @@ class PagePool:
                 )
             if spare is None:
                 spare = count * (SPARE_TOKENS // self.page_size)
-            rows = self.num_pages + missing + min(spare, self.num_pages // SPARE_SHARE)
-            if self.ceiling is not None:
-                with self.ceiling.lock:
-                    rows = self.ceiling.rows(self, self.num_pages + missing, rows)
-            try:  # one slab after the other, so that only one of them is there twice at any time
-                grown = []
-                for name in ("k", "v"):
-                    old = getattr(self, name)
-                    room = old.untyped_storage().nbytes() // (old[0].numel() * old.element_size())
-                    if room >= rows:  # this slab had grown before there was no memory for the other one
-                        new = old.as_strided((rows, *old.shape[1:]), old.stride())
-                    else:
-                        new = self._slab(rows, old.shape[2], old.dtype, old.device)
-                        new[: self.num_pages].copy_(old)
-                    grown.append(new)
-                    if not self.both_at_once:
-                        setattr(self, name, new[: self.num_pages])
+            needed = self.num_pages + missing
+            wanted = needed + min(spare, self.num_pages // SPARE_SHARE)
+            ceiling = self.ceiling
+            claim = contextlib.nullcontext(wanted) if ceiling is None else ceiling.growing(self, needed, wanted)
+            try:
+                with claim as rows:
+                    self._grow(rows)
+                    return
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                if rows > self.num_pages + missing:  # what is needed may still fit
-                    return self.reserve(count, spare=0)
-                raise PoolExhausted(
-                    f"no memory on {self.k.device} to grow the page pool from {self.num_pages} to {rows} pages "
-                    f"({rows * self.page_bytes:,} bytes, {_free_bytes(self.k.device)}): use a profile with fewer global "
-                    "heads, a shorter context or a smaller batch, or reset() caches that are no longer needed"
-                ) from error
-            self.k, self.v = grown
-            more = rows - self.num_pages
-            self.refs = np.concatenate([self.refs, np.zeros(more, np.int32)])
-            self._used = np.concatenate([self._used, np.zeros(more, bool)])
-            self._spare = np.concatenate([self._spare, np.zeros(more, bool)])
+                if rows <= needed:
+                    raise PoolExhausted(
+                        f"no memory on {self.k.device} to grow the page pool from {self.num_pages} to {rows} pages "
+                        f"({rows * self.page_bytes:,} bytes, {_free_bytes(self.k.device)}): use a profile with fewer "
+                        "global heads, a shorter context or a smaller batch, or reset() caches that are no longer needed"
+                    ) from error
+            self.reserve(count, spare=0)  # what is needed may still fit
 
+    def _grow(self, rows: int) -> None:
+        """Larger slabs, one after the other, so that only one of them is there twice at any time."""
+        grown = []
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            room = old.untyped_storage().nbytes() // (old[0].numel() * old.element_size())
+            if room >= rows:  # this slab had grown before there was no memory for the other one
+                new = old.as_strided((rows, *old.shape[1:]), old.stride())
+            else:
+                new = self._slab(rows, old.shape[2], old.dtype, old.device)
+                new[: self.num_pages].copy_(old)
+            grown.append(new)
+            if not self.both_at_once:
+                setattr(self, name, new[: self.num_pages])
+        self.k, self.v = grown
+        more = rows - self.num_pages
+        self.refs = np.concatenate([self.refs, np.zeros(more, np.int32)])
+        self._used = np.concatenate([self._used, np.zeros(more, bool)])
+        self._spare = np.concatenate([self._spare, np.zeros(more, bool)])
+
+    # ------------------------------------------------------------------------------------------------ hand out
     def alloc(self, count: int) -> np.ndarray:
         """``count`` zeroed pages with one reference each, int32 ``[count]``; pages kept for a run's growth come last."""
         with self.lock:

@@ -195,7 +195,7 @@ class TieredPages(LayerPages):
         tray, place, halves = None, 0, []
         if k.shape[2] == 1:
             if self._tray is None or self._tray.used == len(self._tray.k):
-                self._tray = _Tray(self.lag, *parts)
+                self._tray = _Tray(self.lag, parts[0], parts[1])
             tray = self._tray
             place, tray.used = tray.used, tray.used + 1
             halves = [tray.k[place], tray.v[place]]
