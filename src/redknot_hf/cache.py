@@ -113,6 +113,11 @@ class RedKnotCache(Forwards, Cache):
         self.limit = max_cache_len
         self.tp_rank, self.tp_size = tp_rank, tp_size
         self.cold = cold
+        for name, value in (("retrieve", retrieve), ("resident_pages", resident_pages)):
+            if cold == "drop" and value is not None:
+                raise RedKnotError(
+                    f"{name}={value!r} with cold='drop': only far pages that are cold are chosen from; pass cold='cpu' or 'disk'"
+                )
         self.tier = None if cold == "drop" else ColdTier(cold, retrieve, near_tokens, resident_pages)
         if self.tier is not None and max_cache_len is not None:
             raise RedKnotError(f"cold={cold!r} with max_cache_len: the static form has no cold tier; use one of them")
@@ -257,6 +262,8 @@ class RedKnotCache(Forwards, Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, side by side; pages are shared, not copied."""
+        if repeats < 1:
+            raise CacheError(f"batch_repeat_interleave({repeats}): expected 1 or more; cache.reset() forgets every row")
         self._settle()
         for layer in self.paged_layers:
             if layer.is_initialized:
@@ -270,6 +277,9 @@ class RedKnotCache(Forwards, Cache):
         self._settle()
         chosen = torch.as_tensor(indices).cpu().numpy()
         if chosen.dtype == bool:
+            rows = next((layer.batch_size for layer in self.paged_layers if layer.is_initialized), len(chosen))
+            if len(chosen) != rows:
+                raise CacheError(f"{method}: a mask of {len(chosen)} entries for a cache with {rows} rows")
             chosen = np.flatnonzero(chosen)
         for layer in self.paged_layers:
             if layer.is_initialized:

@@ -177,6 +177,11 @@ def redknot_mask(
         # a family that transformers does not run with sdpa may do arithmetic with its mask
         return sdpa_mask(**arguments) if compat.runs_sdpa(kwargs.get("config")) else eager_mask(**arguments)
     if q_length == 1 and kv_length.decoding and _last_column_is_real(attention_mask):
+        if attention_mask is not None and kv_length.past is not None and attention_mask.shape[1] < kv_length:
+            raise CacheError(
+                f"attention_mask has {attention_mask.shape[1]} columns but the cache holds {kv_length - 1} tokens and 1 more "
+                f"comes: pass a mask of {int(kv_length)} columns, for the past and the new token"
+            )
         if attention_mask is not None and not attention_mask.is_cuda and attention_mask.shape[1] >= kv_length:
             kv_length.check_past(attention_mask[:, : kv_length - 1].numpy())
         return None

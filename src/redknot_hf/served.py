@@ -23,11 +23,11 @@ def check_options(prefill: str, page_size: int, rollback: int, max_cache_len: in
     """Raise `RedKnotError` for an option of a cache that is out of range."""
     if prefill not in ("windowed", "full"):
         raise RedKnotError(f"prefill={prefill!r}: expected 'windowed' or 'full'")
-    if not isinstance(page_size, int) or not 1 <= page_size <= 1024 or page_size & (page_size - 1):
+    if type(page_size) is not int or not 1 <= page_size <= 1024 or page_size & (page_size - 1):
         raise RedKnotError(f"page_size={page_size!r}: expected a power of two from 1 to 1024, such as 64")
     if not isinstance(rollback, int) or isinstance(rollback, bool) or rollback < 0:
         raise RedKnotError(f"rollback={rollback!r}: expected a number of tokens, 0 or more")
-    if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
+    if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
         raise RedKnotError(f"max_cache_len={max_cache_len!r}: expected a number of tokens, or None to grow")
 
 

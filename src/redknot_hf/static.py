@@ -42,9 +42,10 @@ class StaticState:
     lengths: kernel_path.Lengths
 
     def __init__(self, device: torch.device, batch: int, limit: int):
-        self.seen = torch.zeros((), dtype=torch.int64, device=device)
-        self.before = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.after = torch.zeros(batch, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # steps of any mode count in them
+            self.seen = torch.zeros((), dtype=torch.int64, device=device)
+            self.before = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.after = torch.zeros(batch, dtype=torch.int32, device=device)
         self.limit = limit
         self.started = self.decoding = False
         self.unfinished, self.layers, self.left = True, 0, 0  # made by the first layer of a prompt

@@ -81,6 +81,10 @@ def test_a_bad_cell_is_named(llama, change, words):
         (dict(rollback=True), ("rollback=True",)),
         (dict(prefill="all"), ("prefill='all'", "'windowed' or 'full'")),
         (dict(max_cache_len=0), ("max_cache_len=0",)),
+        (dict(max_cache_len=True), ("max_cache_len=True",)),
+        (dict(page_size=True), ("page_size=True", "power of two")),
+        (dict(retrieve=4), ("retrieve=4", "cold='drop'", "cold='cpu'")),
+        (dict(resident_pages=4), ("resident_pages=4", "cold='drop'", "cold='cpu'")),
         (dict(tp_rank=2, tp_size=2), ("tp_rank=2", "tp_size=2")),
     ],
 )
@@ -141,12 +145,14 @@ def test_another_dtype(llama):
     survives(llama, cache, tokens(20))
 
 
-def test_a_mask_too_narrow_for_what_the_cache_holds(llama):
+@pytest.mark.parametrize("new", [1, 3])
+def test_a_mask_too_narrow_for_what_the_cache_holds(llama, new):
+    """A mask of the new tokens alone; transformers would take the past for padding."""
     ids, mask = padded([20, 9])
     cache = mixed_cache(llama)
     forward(llama, ids, cache, mask)
-    with refused("attention_mask has 3 columns", "20 tokens", "23 columns", kind=CacheError):
-        forward(llama, tokens(3, 2), cache, torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    with refused(f"attention_mask has {new} columns", "20 tokens", f"{20 + new} columns", kind=CacheError):
+        forward(llama, tokens(new, 2), cache, torch.ones(2, new, dtype=torch.long))
     survives(llama, cache, ids, mask)
 
 
@@ -202,6 +208,10 @@ def test_rows_and_tokens_that_are_not_there(llama):
     for method in ("reorder_cache", "batch_select_indices"):
         with refused(method, "row 1", "1 rows"):
             getattr(cache, method)(torch.tensor([0, 1]))
+    with refused("batch_select_indices", "mask of 2 entries", "1 rows"):
+        cache.batch_select_indices(torch.tensor([True, False]))
+    with refused("batch_repeat_interleave(0)", "1 or more"):
+        cache.batch_repeat_interleave(0)
     survives(llama, cache, tokens(20))
 
 

@@ -69,6 +69,27 @@ def test_sliding_layers_are_reported_as_transformers_reports_them(gemma3):
     assert global_cache(gemma3).is_sliding == plain_cache(gemma3).is_sliding == [True, False, True]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_cache_len": 64}, {"cold": "cpu"}, {"cold": "disk", "retrieve": 1}, {"kv_dtype": "int8"}],
+    ids=str,
+)
+def test_a_cache_filled_in_inference_mode_goes_on_outside_it(llama, options):
+    """And the other way round: what a step writes into in place belongs to no mode."""
+    ids, logits = tokens(40), []
+    for modes in ((False, False, False), (True, False, True), (False, True, False)):
+        cache = mixed_cache(llama, page_size=4, **options)
+        for mode, part in zip(modes, (ids[:, :38], ids[:, 38:39], ids[:, 39:]), strict=True):
+            with torch.no_grad(), torch.inference_mode(mode):
+                out = forward(llama, part, cache)
+        twin = cache.fork()
+        logits.append(
+            (out.clone(), continued(llama, cache, tokens(1, seed=5)), continued(llama, twin, tokens(1, seed=5)))
+        )
+    for other in logits[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(logits[0], other, strict=True))
+
+
 # --------------------------------------------------------------------------------------------- rows of the batch
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_reorder_cache_equals_dynamic_cache(name):

@@ -208,6 +208,23 @@ def test_m8_a_fork_continues_bitwise(some_model):
     assert_same(generate(some_model, shared, ids), want, 0.0)  # the fork has not written into shared pages
 
 
+def test_m8_a_fork_of_padded_rows_continues_bitwise(some_model):
+    """Rows of different lengths; new pages of a fork lie elsewhere than the original's."""
+    ids, mask = padded([30, 21, 13])
+    caches = [mixed_cache(some_model, page_size=4) for _ in range(2)]
+    for cache in caches:
+        forward(some_model, ids, cache, mask)
+    got = []
+    for cache in (caches[0], caches[1].fork(), caches[1]):
+        longer, outs = mask, []
+        for step in range(6):
+            longer = torch.cat([longer, torch.ones(3, 1, dtype=torch.long)], 1)
+            outs.append(forward(some_model, tokens(1, 3, seed=step), cache, longer))
+        got.append(torch.cat(outs, 1))
+    assert torch.equal(got[1], got[0])
+    assert torch.equal(got[2], got[0])
+
+
 def test_m8_forks_of_forks_and_deepcopies_are_independent(some_model):
     ids = tokens(25)
     root = mixed_cache(some_model)

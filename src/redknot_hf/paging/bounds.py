@@ -31,6 +31,7 @@ class PageBounds:
         low, high: ``[num_pages, key_dim]`` in the dtype of the keys: bounds are exact.
     """
 
+    @torch.inference_mode(False)  # here and where it grows: forwards of any mode write into it
     def __init__(self, key_dim: int, dtype: torch.dtype, device: torch.device):
         self.low = torch.zeros(0, key_dim, dtype=dtype, device=device)
         self.high = torch.zeros(0, key_dim, dtype=dtype, device=device)
@@ -45,8 +46,9 @@ class PageBounds:
         if (first >= last).all():
             return
         if len(self.low) < pool.num_pages:
-            grown = torch.zeros(pool.num_pages - len(self.low), self.low.shape[1], dtype=self.low.dtype)
-            self.low, self.high = (torch.cat([half, grown.to(half.device)]) for half in (self.low, self.high))
+            with torch.inference_mode(False):
+                grown = torch.zeros(pool.num_pages - len(self.low), self.low.shape[1], dtype=self.low.dtype)
+                self.low, self.high = (torch.cat([half, grown.to(half.device)]) for half in (self.low, self.high))
         column = np.arange(pages.table.shape[2])
         touched = (column >= first[:, None]) & (column < last[:, None])
         touched = np.broadcast_to(touched[:, None], pages.table.shape)

@@ -31,7 +31,8 @@ class HostPool(PagePool):
         super().__init__(*args, **options)
 
     def _slab(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.zeros(rows, self.page_size, dim, dtype=dtype, pin_memory=self.pinned)
+        with torch.inference_mode(False):
+            return torch.zeros(rows, self.page_size, dim, dtype=dtype, pin_memory=self.pinned)
 
 
 class FilePool(PagePool):
@@ -47,6 +48,7 @@ class FilePool(PagePool):
         self.folder = folder
         super().__init__(*args, **options)
 
+    @torch.inference_mode(False)
     def _slab(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         count = rows * self.page_size * dim
         handle, name = tempfile.mkstemp(prefix="redknot-pages-", dir=self.folder)

@@ -72,17 +72,17 @@ def _decode_full(pages: LayerPages, q: torch.Tensor, spec: AttentionSpec, heads:
         views = pages.full_views()
         k, v = views if views is not None else _full_copies(pages, heads, length)
         return _attend(q, k[:, :, :length], v[:, :, :length], None, spec, heads, q.shape[2])
-    rows = [views for row in range(pages.batch_size) if (views := pages.full_views(row)) is not None]
-    if len(rows) == pages.batch_size:
-        outs = []
-        for row, (k, v) in enumerate(rows):
-            end = int(pages.lens[row])
-            outs.append(_attend(q[row : row + 1], k[:, :, :end], v[:, :, :end], None, spec, heads, q.shape[2]))
-        return torch.cat(outs)
-    longest = int(pages.lens.max())
-    k, v = _full_copies(pages, heads, longest)
-    seen = upload(np.arange(longest) < pages.lens[:, None], q.device)
-    return _attend(q, k, v, seen[:, None, None], spec, heads, q.shape[2])
+    # row by row over its own tokens, wherever its pages lie: a fork moves pages and must not change a bit
+    copies: tuple[torch.Tensor, torch.Tensor] | None = None
+    outs = []
+    for row, end in enumerate(pages.lens.tolist()):
+        views = pages.full_views(row)
+        if views is None:
+            copies = copies or _full_copies(pages, heads, int(pages.lens.max()))
+            views = copies[0][row : row + 1], copies[1][row : row + 1]
+        k, v = views
+        outs.append(_attend(q[row : row + 1], k[:, :, :end], v[:, :, :end], None, spec, heads, q.shape[2]))
+    return torch.cat(outs)
 
 
 def _full_copies(pages: LayerPages, heads: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
