@@ -190,7 +190,6 @@ class PagePool:
 
     def _slab(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         with torch.inference_mode(False):  # forwards of any mode write into it
-            with torch.inference_mode(False):  # forwards of any mode write into it
             return torch.zeros(rows, self.page_size, dim, dtype=dtype, device=device)
 
     @property
