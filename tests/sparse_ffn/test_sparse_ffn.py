@@ -546,6 +546,31 @@ def test_training_is_refused():
         pass
 
 
+@pytest.mark.parametrize("part", ["mlp", "post_attention_layernorm", "layer", "model"])
+def test_what_torch_compile_runs_is_dense(part):
+    """Compiled in place, before the context or inside it; what is not compiled stays sparse."""
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"](), attn_implementation="redknot").eval()
+    ids, layer = tokens(2, 40), model.model.layers[2]
+    compiled = {"layer": layer, "model": model}.get(part) or getattr(layer, part)
+    with torch.no_grad():
+        dense = model(ids).logits
+        runs = [40, 20, 20 if part == "post_attention_layernorm" else 0, 20] if part != "model" else [0] * 4
+        with SparseFFN(model, SCHEDULE) as context:
+            sparse = model(ids).logits
+            context.stats.reset()
+            compiled.compile(backend="eager")
+            inside = model(ids).logits
+            assert [run // 2 for run in context.stats.run] == runs
+        with SparseFFN(model, SCHEDULE) as context:
+            again = model(ids).logits
+            assert [run // 2 for run in context.stats.run] == runs
+        assert torch.equal(inside, again) and torch.allclose(model(ids).logits, dense, atol=1e-5)
+    if part == "model":
+        assert torch.allclose(inside, dense, atol=1e-5)
+    if part == "post_attention_layernorm":
+        assert torch.allclose(inside, sparse, atol=1e-5)
+
+
 def test_received_attention_needs_our_attention():
     model = AutoModelForCausalLM.from_config(CONFIGS["llama"](), attn_implementation="sdpa").eval()
     with pytest.raises(RedKnotError, match=r"'sdpa': call model\.set_attn_implementation\('redknot'\)"):

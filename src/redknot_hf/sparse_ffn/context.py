@@ -229,7 +229,8 @@ class _Installation:
                     self._hooks.append(mixer.register_forward_hook(self._after_mixer))
                     found.update({id(module): (self, block.index) for module in mixer.modules()})
                 if block.norm:
-                    self._wrap(getattr(block.layer, block.norm), block.index, Run.norm)
+                    ffn = getattr(block.layer, block.ffn[0])
+                    self._wrap(getattr(block.layer, block.norm), block.index, Run.norm, before=ffn)
                 for name in block.ffn:
                     self._wrap(getattr(block.layer, name), block.index, Run.ffn)
             _by_module = {**_by_module, **found}
@@ -254,12 +255,17 @@ class _Installation:
         if not _by_module:
             attention.observe(_look, wanted=False)
 
-    def _wrap(self, module: torch.nn.Module, layer: int, how: Callable[..., Any]) -> None:
-        original, before = module.forward, module.__dict__.get("forward")
+    def _wrap(
+        self, module: torch.nn.Module, layer: int, how: Callable[..., Any], before: torch.nn.Module | None = None
+    ) -> None:
+        """``before``: the FFN that `module` norms rows for."""
+        original, own = module.forward, module.__dict__.get("forward")
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return original(*args, **kwargs)
+            if before is not None and getattr(before, "_compiled_call_impl", None) is not None:
+                return original(*args, **kwargs)  # `before.compile()`: it runs dense and must get all rows
             run = self.run()
             x = hidden_states(args, kwargs)
             if run is None or x is None or x.dim() != 3:
@@ -270,7 +276,7 @@ class _Installation:
             return how(run, layer, original, x, (), rest)
 
         module.forward = forward
-        self._wrapped.append((module, forward, before))
+        self._wrapped.append((module, forward, own))
 
     # ------------------------------------------------------------------------------------------------------------- hooks
     def _enter(self, signature: inspect.Signature) -> Callable[..., None]:
