@@ -332,6 +332,60 @@ def test_paths_that_are_no_files(tiny, profile, tmp_path, path):
             make(tiny, profile, 1, 4).save(tmp_path / path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_pipes_and_devices_are_refused_at_once(tiny, tmp_path):
+    """Opening a pipe waits for somebody to write into it: also when a store looks through its folder."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / ("a" * 40 + ".session.safetensors"))
+    assert len(SessionStore(tiny, folder=tmp_path / "folder")) == 0
+    for path in (next((tmp_path / "folder").iterdir()), "/dev/zero", "/dev/null"):
+        with pytest.raises(DamagedFile, match="not a regular file"):
+            RedKnotCache.load(path, tiny.config)
+
+
+def test_links(tiny, profile, tmp_path):
+    """A link is read like what it points to, and saving replaces the link, never what it points to."""
+    cache = make(tiny, profile, 1, 20)
+    cache.save(tmp_path / "a")
+    old = (tmp_path / "a").read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert torch.equal(steps(tiny, RedKnotCache.load(tmp_path / "link", tiny.config), 3), steps(tiny, cache.fork(), 3))
+    with pytest.raises(RedKnotError, match="cannot open"):
+        RedKnotCache.load(tmp_path / "loop", tiny.config)
+    steps(tiny, cache, 2)
+    cache.save(tmp_path / "link")
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "a").read_bytes() == old
+    assert RedKnotCache.load(tmp_path / "link", tiny.config).get_seq_length() == 22
+
+
+@pytest.mark.parametrize("version", [3, 99, 1, 0, -1, 2.0, "2", None, True, [2]])
+def test_other_versions(tiny, saved, tmp_path, version):
+    def change(description, tensors):
+        description["version"] = version
+
+    forged(tmp_path / "a", saved[0], change)
+    with pytest.raises(RedKnotError, match=r"version is .* this release reads version 2"):
+        RedKnotCache.load(tmp_path / "a", tiny.config)
+
+
+@pytest.mark.parametrize(
+    "label", ["../../etc/passwd", "/etc/passwd", "a/../../b", "..", ".", "\x00", "a" * 512, "\ud800"]
+)
+def test_keys_and_labels_name_no_paths(tiny, profile, tmp_path, label):
+    """Keys of a store and labels in files are text: nothing is written or removed outside the folder."""
+    folder = tmp_path / "deep" / "folder"
+    store = SessionStore(tiny, device_bytes=0, host_bytes=0, folder=folder)
+    cache = make(tiny, profile, 1, 10)
+    twin = cache.fork()
+    store.put(label, cache)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 1 and files[0].parent == folder
+    again = SessionStore(tiny, folder=folder)  # the file says which key it is of
+    assert again.keys() == [label]
+    assert torch.equal(steps(tiny, again.get(label), 2), steps(tiny, twin, 2))
+
+
 # -------------------------------------------------------------------------------------------------- disk and memory
 @pytest.mark.parametrize("where", ["claim", "write", "fsync", "rename"])
 def test_a_full_disk_leaves_the_old_file(tiny, profile, tmp_path, monkeypatch, where):
@@ -503,6 +557,30 @@ def test_killed_at_any_moment(tiny, tmp_path, round):
         feed(tiny, twin, prompt(1, 1, seed=twin.get_seq_length()))
     assert torch.equal(steps(tiny, cache), steps(tiny, twin))
     assert len(list(tmp_path.iterdir())) <= 2  # and perhaps what it was writing
+
+
+@pytest.mark.dist
+def test_two_processes_save_to_one_path(tiny, tmp_path):
+    """Whoever reads meanwhile, and at the end, finds a whole session of one of them."""
+    path = tmp_path / "a"
+    code = SAVES_FOREVER.format(tests=str(Path(__file__).parent), path=str(path), kv_dtype=None)
+    writers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        for writer in writers:
+            assert writer.stdout.readline() == "saved\n"
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            cache = RedKnotCache.load(path, tiny)
+    finally:
+        for writer in writers:
+            assert writer.poll() is None, "a writer failed"
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+    cache = RedKnotCache.load(path, tiny)
+    twin = make(tiny, mixed_profile(tiny.config), 1, 40)
+    while twin.get_seq_length() < cache.get_seq_length():
+        feed(tiny, twin, prompt(1, 1, seed=twin.get_seq_length()))
+    assert torch.equal(steps(tiny, cache), steps(tiny, twin))
 
 
 def test_saving_is_not_seen_half_done(tiny, profile, tmp_path):

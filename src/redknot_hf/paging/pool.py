@@ -38,7 +38,8 @@ def upload(values: np.ndarray, device: torch.device, dtype: type[np.generic] | N
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "alloc" in str(error)
+    text = str(error)  # page-locked memory that cannot be had is a plain "CUDA error: out of memory"
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "alloc" in text or "out of memory" in text
 
 
 def _free_bytes(device: torch.device) -> str:

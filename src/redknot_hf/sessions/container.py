@@ -224,7 +224,7 @@ def read_container(path: str | os.PathLike[str], *, verify: bool = True, header_
     """
     source = Path(path)
     try:
-        with open(source, "rb") as file:
+        with open(source, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise DamagedFile(f"{source} is not a regular file")
@@ -237,6 +237,11 @@ def read_container(path: str | os.PathLike[str], *, verify: bool = True, header_
         return _check(memoryview(mapped), verify and not header_only, header_only)
     except DamagedFile as error:
         raise DamagedFile(f"{source}: {error}") from error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open like `open` does; a named pipe is opened at once, to be refused, and not when somebody writes into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _check(view: memoryview, verify: bool, header_only: bool) -> Contents:
