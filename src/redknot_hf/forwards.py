@@ -140,14 +140,21 @@ class Forwards(Pools):
             "serve. Call cache.reset() before using the cache again"
         )
 
-    def adopt(self, layers: Iterable[tuple[torch.Tensor, torch.Tensor] | None], tokens: int) -> None:
+    def adopt(
+        self,
+        layers: Iterable[tuple[torch.Tensor, torch.Tensor] | None],
+        tokens: int,
+        counts: np.ndarray | None = None,
+    ) -> None:
         """Take over keys and values that were computed elsewhere; local heads keep what the rule lets them keep.
 
         Args:
             layers: keys (rotated for positions 0, 1, ...) and values, ``[batch, kv_heads, tokens, dim]``, of every layer in
                 order; drawn one by one, so that a layer can be freed once it is stored. None for a layer that was
                 filled in place (`RedKnotLayer.lay_out`).
-            tokens: how many, without padding.
+            tokens: how many.
+            counts: int ``[batch]``, of how many tokens each row really is, if they differ. A row's tokens come first in
+                what ``layers`` gives; to the model they are padded on the left.
 
         Raises:
             CacheError: the cache is not empty, or has layers that are not served from pages.
@@ -166,9 +173,11 @@ class Forwards(Pools):
             layer.lazy_initialization(k, v)
             if step is None:
                 step = Step(0, tokens, layer.batch_size)
-                step.resolve(None, np.zeros(step.batch, np.int64))
+                step.pad_left(np.full(step.batch, tokens) if counts is None else counts)
             layer.adopt(k, v, step)
         self.seen = tokens
+        if step is not None and step.real is not None:
+            self.padding.append((0, step.real))
 
     def static_state(self, device: torch.device, batch: int) -> tuple[StaticState, bool]:
         """The counts of ``device``, and whether the asking layer is the first there (it counts each step)."""

@@ -90,6 +90,13 @@ class Step:
             behind = ~fresh.gather(1, self.order)
             self._moves = {padding.device: (self.order, behind, back, ~fresh)}
 
+    def pad_left(self, counts: np.ndarray) -> None:
+        """Each row has so many real tokens and padding before them; instead of `resolve`, where no mask is at hand."""
+        self.new = np.asarray(counts, np.int64)
+        if (self.new < self.length).any():
+            self.real = np.arange(self.length) >= self.length - self.new[:, None]
+            self.order = torch.argsort(~torch.from_numpy(self.real), dim=1, stable=True)
+
     def _moves_on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Order, padding behind it, its inverse and the padding columns, on a layer's device: copied once per forward."""
         if device not in self._moves:

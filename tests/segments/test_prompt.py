@@ -513,7 +513,7 @@ def test_wrong_input_is_refused_by_name():
         (lambda: prompt.build([known], QUERY, 0.5, "oracle"), "selector"),
         (lambda: prompt.build([known, DOCUMENTS[1]], QUERY, 0.5, lambda view: np.zeros(3)), "selector returned"),
         (lambda: prompt.build([known, DOCUMENTS[1]], QUERY, 0.5, lambda view: np.array([10**6])), "position"),
-        (lambda: prompt.build([known], ["two", "queries"]), "one at a time"),
+        (lambda: prompt.build([known], ["two", "queries"]), "build_many"),
         (lambda: prompt.build(["a text"], QUERY), "tokenizer"),
         (lambda: prompt.add([]), "token_ids is empty"),
     ):

@@ -94,6 +94,11 @@ class Clock:
         self._marks: list[tuple[str, float, torch.cuda.Event | None]] = []
         self.mark("")
 
+    def begin(self) -> None:
+        """Forget the marks: what is measured begins now."""
+        self._marks.clear()
+        self.mark("")
+
     def mark(self, name: str) -> None:
         """What has been done since the last mark was ``name``; the same name may come again."""
         event = None

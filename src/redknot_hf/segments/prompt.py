@@ -24,7 +24,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from ..cache import RedKnotCache
 from ..errors import RedKnotError, shorten
 from ..heads import HeadProfile
 from .account import BuildAccount, Clock, SegmentAccount
+from .batch import hand_over_batch, pad_left
 from .capture import capture
 from .checks import Checks
 from .codec import CorruptEntry, SegmentEntry
@@ -48,12 +49,13 @@ from .spread import Spread
 from .stores import SegmentStore
 from .transfer import Upload
 
-__all__ = ["DEFAULT_RATIO", "DEFAULT_SELECTOR", "SegmentedPrompt", "SplicedPrompt"]
+__all__ = ["DEFAULT_RATIO", "DEFAULT_SELECTOR", "SegmentedPrompt", "SplicedBatch", "SplicedPrompt"]
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_RATIO = 0.15
 DEFAULT_SELECTOR = "blend"
+DEFAULT_SPREAD = 0.0
 Tokens = str | Sequence[int] | torch.Tensor
 
 
@@ -69,6 +71,39 @@ class SplicedPrompt(dict[str, Any]):
     def __init__(self, items: dict[str, Any], account: BuildAccount):
         super().__init__(items)
         self.account = account
+
+
+class SplicedBatch(dict[str, Any]):
+    """What `model.generate(**batch)` takes: several prompts, padded on the left.
+
+    Attributes:
+        accounts: of each prompt what building it took; not passed to `generate`. Their seconds leave out what was done
+            for all prompts together.
+    """
+
+    accounts: list[BuildAccount]
+
+    def __init__(self, items: dict[str, Any], accounts: list[BuildAccount]):
+        super().__init__(items)
+        self.accounts = accounts
+
+
+_Built = TypeVar("_Built", SplicedPrompt, SplicedBatch)
+
+
+class _Options(NamedTuple):
+    recompute: float | Sequence[float]
+    selector: str | Selector
+    spread: float
+    relocate: bool
+
+
+class _Spliced(NamedTuple):
+    """A prompt whose last forward is done: ids ``[1, N]``, and its account once its times are complete."""
+
+    cache: SpliceCache
+    row: torch.Tensor
+    account: Callable[[], BuildAccount]
 
 
 class SegmentedPrompt:
@@ -201,8 +236,8 @@ class SegmentedPrompt:
             return value.tolist()
         if not isinstance(value, Sequence) or not all(isinstance(i, (int, np.integer)) for i in value):
             raise RedKnotError(
-                f"{name}={shorten(value)}: expected a text, a list of token ids or a 1D tensor; prompts are built "
-                "one at a time"
+                f"{name}={shorten(value)}: expected a text, a list of token ids or a 1D tensor; several prompts at "
+                "once: build_many"
             )
         return [int(i) for i in value]
 
@@ -289,7 +324,7 @@ class SegmentedPrompt:
         recompute: float | Sequence[float] = DEFAULT_RATIO,
         selector: str | Selector = DEFAULT_SELECTOR,
         *,
-        spread: float = 0.0,
+        spread: float = DEFAULT_SPREAD,
         relocate: bool = True,
     ) -> SplicedPrompt:
         """Put a prompt together.
@@ -311,29 +346,97 @@ class SegmentedPrompt:
         Raises:
             RedKnotError: an unknown segment id, a ratio out of range, an empty prompt.
         """
+        options = _Options(recompute, selector, spread, relocate)
         clock = Clock(self.device)
+
+        def once(checks: Checks, missed: set[str]) -> SplicedPrompt:
+            spliced = self._splice(segments, query, options, checks, missed, clock, True)
+            spliced.cache.hand_over(spliced.row.shape[1] - 1)
+            clock.mark("hand_over")
+            checks.wait()
+            clock.mark("verify")
+            return SplicedPrompt(_for_generate(spliced.row, None, spliced.cache.target), spliced.account())
+
+        return self._until_sound(once)
+
+    @torch.no_grad()
+    def build_many(
+        self,
+        segments: Sequence[Sequence[Tokens]],
+        queries: Sequence[Tokens],
+        recompute: float | Sequence[float] = DEFAULT_RATIO,
+        selector: str | Selector = DEFAULT_SELECTOR,
+        *,
+        spread: float = DEFAULT_SPREAD,
+        relocate: bool = True,
+    ) -> SplicedBatch:
+        """Put several prompts together, for one call of ``generate``.
+
+        Every prompt is computed as `build` does, one after the other; then they become the rows of one cache, padded
+        on the left. Until then each holds its keys and values, so this takes twice the memory of the result.
+
+        Args:
+            segments: the segments of each prompt.
+            queries: the query of each prompt.
+
+        Returns:
+            A dict for ``model.generate(**built)`` with the attribute ``accounts``.
+
+        Raises:
+            RedKnotError: as `build`; no prompts, or another number of queries than prompts.
+        """
+        if isinstance(queries, str) or not len(segments) or len(segments) != len(queries):
+            raise RedKnotError(
+                f"build_many: {len(segments)} lists of segments and queries={shorten(queries)}: expected at least one "
+                "prompt and a query for each"
+            )
+        if any(isinstance(mine, (str, torch.Tensor)) for mine in segments):
+            raise RedKnotError("build_many: segments: expected a list of segments for each prompt")
+        options = _Options(recompute, selector, spread, relocate)
+        clocks = [Clock(self.device) for _ in segments]
+
+        def once(checks: Checks, missed: set[str]) -> SplicedBatch:
+            parts = []
+            for mine, query, clock in zip(segments, queries, clocks, strict=True):
+                clock.begin()
+                parts.append(self._splice(mine, query, options, checks, missed, clock, False))
+            target = self.new_cache()
+            counts = hand_over_batch([part.cache for part in parts], target)
+            checks.wait()
+            rows = [part.row for part in parts]
+            items = _for_generate(pad_left(rows, self._padding_id()), counts + 1, target)
+            return SplicedBatch(items, [part.account() for part in parts])
+
+        return self._until_sound(once)
+
+    def _padding_id(self) -> int:
+        found = getattr(self.tokenizer, "pad_token_id", None)
+        return self.header[0] if found is None and self.header else found or 0
+
+    def _until_sound(self, once: Callable[[Checks, set[str]], _Built]) -> _Built:
+        """What ``once`` builds; a second time only if an entry turns out damaged after it has been used."""
         missed: set[str] = set()
         with Checks() as checks:
-            while True:  # a second time only if an entry turns out damaged after it has been used
-                built = self._build(segments, query, recompute, selector, spread, relocate, checks, missed, clock)
+            while True:
+                built = once(checks, missed)
                 damaged = checks.failures()
                 if not damaged:
                     return built
                 for key, tier, error in damaged:
                     self.store.discard(key, error, tier)
 
-    def _build(
+    def _splice(
         self,
         segments: Sequence[Tokens],
         query: Tokens,
-        recompute: float | Sequence[float],
-        selector: str | Selector,
-        spread: float,
-        relocate: bool,
+        options: _Options,
         checks: Checks,
         missed: set[str],
         clock: Clock,
-    ) -> SplicedPrompt:
+        in_place: bool,
+    ) -> _Spliced:
+        """Everything of a build up to the last forward. ``in_place``: the result is in the target's pages already."""
+        recompute, selector, spread, relocate = options
         head = [self._key(self.header, ())] if self.header else []
         resolved = [self._resolve(segment) for segment in segments]
         keys = [*head, *resolved[:1], *map(self._elsewhere, resolved[1:])]
@@ -354,7 +457,7 @@ class SegmentedPrompt:
         hits = found.keys() - missed
         for name, entry in self._compute(missing).items():
             (found[name],) = unpack([entry], Upload([entry], self.device).finish())
-        for name in missed:  # by an earlier attempt, too, which has stored it
+        for name in missed & found.keys():  # by an earlier attempt, too, which has stored it
             found[name].tier = "computed"  # type: ignore[union-attr]
         clock.mark("capture")
 
@@ -365,7 +468,7 @@ class SegmentedPrompt:
             at += len(key.token_ids)
         exact = [self._is_exact(index, keys, places) and relocate for index in range(len(keys))]
         target = self.new_cache()
-        cache = SpliceCache(target, length, in_place=True)
+        cache = SpliceCache(target, length, in_place=in_place)
         loader = Loader(cache, places, self.relocator, relocate)
         view = self._view(cache, ids, row, places, exact, at, ratios)
 
@@ -384,14 +487,12 @@ class SegmentedPrompt:
         self._recompute(view, chosen, ratios, Spread(stale, self.relocator, spread) if spread else None)
         loader.finish()
         clock.mark("recompute")
-        cache.hand_over(length - 1)
-        clock.mark("hand_over")
-        checks.wait()
-        clock.mark("verify")
 
         was_hit = [key.hex in hits for key in keys]
-        account = self._account(view, chosen, names, places, exact, was_hit, ratios, selector, relocate, loader, clock)
-        return SplicedPrompt(dict(input_ids=row, attention_mask=torch.ones_like(row), past_key_values=target), account)
+        account = functools.partial(
+            self._account, view, chosen, names, places, exact, was_hit, ratios, selector, relocate, loader, clock
+        )
+        return _Spliced(cache, row, account)
 
     def _resolve(self, segment: Tokens) -> SegmentKey:
         if isinstance(segment, str):
@@ -539,6 +640,15 @@ class SegmentedPrompt:
             bytes_moved=loader.bytes_moved,
             timing=clock.reading(load=loader.seconds),
         )
+
+
+def _for_generate(ids: torch.Tensor, counts: np.ndarray | None, cache: RedKnotCache) -> dict[str, Any]:
+    """``counts`` int ``[batch]``: real tokens of each row, at its end; None: all."""
+    mask = torch.ones_like(ids)
+    if counts is not None:
+        real = torch.from_numpy(counts).to(ids.device)
+        mask = (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - real[:, None]).to(ids.dtype)
+    return dict(input_ids=ids, attention_mask=mask, past_key_values=cache)
 
 
 def _staying(stay: np.ndarray, rows: RowSet) -> np.ndarray:
