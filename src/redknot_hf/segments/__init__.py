@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from .prompt import SegmentedPrompt, SplicedPrompt
     from .stores import SegmentStore
 
-__all__ = ["SegmentStore", "SegmentedPrompt", "SplicedPrompt"]
+__all__ = ["SegmentStore", "SegmentedPrompt", "SplicedBatch", "SplicedPrompt"]
 
 
 def __getattr__(name: str) -> Any:
     # Not at import: stores are used without the model side, and the cache must not import what is built on it.
-    if name in ("SegmentedPrompt", "SplicedPrompt"):
+    if name in ("SegmentedPrompt", "SplicedBatch", "SplicedPrompt"):
         from . import prompt
 
         return getattr(prompt, name)
