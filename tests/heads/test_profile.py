@@ -299,6 +299,10 @@ def test_local_copies_do_not_warn(tmp_path):
         profile.validate_for(mine)
 
 
+def test_a_profile_is_shown_in_one_line():
+    assert repr(make()) == "HeadProfile(4 layers x 2 KV heads: 1 global, 5 local, 1 retrieval, 1 dense)"
+
+
 def test_config_hash_ignores_what_does_not_change_the_architecture():
     assert config_hash(config()) == config_hash(config(dtype="bfloat16", attention_dropout=0.1))
     assert config_hash(config()) != config_hash(config(hidden_size=128))

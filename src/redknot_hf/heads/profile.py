@@ -207,6 +207,11 @@ class HeadProfile:
 
     # ---------------------------------------------------------------- asking one
 
+    def __repr__(self) -> str:
+        """One line: the matrices of a large model are thousands of entries (`redknot show` prints them)."""
+        counts = ", ".join(f"{n} {name}" for name in HEAD_CLASSES if (n := self.count(name)))
+        return f"HeadProfile({self.num_layers} layers x {self.num_kv_heads} KV heads: {counts})"
+
     def count(self, head_class: str) -> int:
         """Number of (layer, KV head) cells of that class, over the layers that hold KV."""
         return sum(row.count(head_class) for row in (self.head_class[l] for l in self.attention_layers))
