@@ -185,7 +185,8 @@ class Forwards(Pools):
         if not known:
             assert self.limit is not None
             self._states[device] = StaticState(device, batch, self.limit)
-        self._states[device].layers += 1
+        leader = self._states[device].leader = next(iter(self._states.values()))
+        leader.layers += 1
         return self._states[device], not known
 
     def settle_states(self) -> None:

@@ -35,7 +35,8 @@ class StaticState:
         started: every row holds a real token, so a single column that comes next is real in each row.
         decoding: ``started`` as it was before the forward that runs now: its layers must agree.
         unfinished: a forward has counted its tokens, and not all layers have stored theirs (compiled steps do not say so).
-        layers: how many count here; left: of an eager decode step, those that have not stored their token yet.
+        leader: the state of the first layer's device, which keeps the account of eager decode steps for all devices:
+        layers: how many take part; left: those that have not stored their token yet.
         lengths: ``before`` and ``after`` for the layers of an eager decode step; made anew for each.
     """
 
@@ -49,6 +50,7 @@ class StaticState:
         self.limit = limit
         self.started = self.decoding = False
         self.unfinished, self.layers, self.left = True, 0, 0  # made by the first layer of a prompt
+        self.leader: StaticState = self
         for tensor in (self.seen, self.before, self.after):
             torch._dynamo.mark_static_address(tensor)
 
@@ -173,7 +175,7 @@ class StaticRedKnotLayer(RedKnotLayer):
             self._check(key_states)
         if self.first:
             state.step()
-            if eager:
+            if eager and state is state.leader:
                 state.unfinished, state.left = True, state.layers
         if eager and self.kernel.replays:  # type: ignore[union-attr]
             if self.first:
@@ -189,9 +191,10 @@ class StaticRedKnotLayer(RedKnotLayer):
 
     @staticmethod
     def _token_stored(state: StaticState) -> None:
-        state.left -= 1
-        if not state.left:
-            state.unfinished = False
+        leader = state.leader
+        leader.left -= 1
+        if not leader.left:
+            leader.unfinished = False
 
     @torch.compiler.disable
     def _token_stored_apart(self, state: StaticState) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import redknot_hf.attention
 from redknot_hf import RedKnotCache
 from redknot_hf.errors import CacheError
+from redknot_hf.static import StaticState
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -122,6 +123,29 @@ def test_whole_layers_or_none(llama: Any, place: str, when: str) -> None:
     twin.reset()
     for length in (20, 1, 1, 5, 1):
         assert torch.equal(feed(llama, cache, length, length), feed(llama, twin, length, length))
+
+
+@pytest.mark.parametrize("place", ["in the first layer", "in the second layer"])
+def test_between_two_devices(llama: Any, place: str) -> None:
+    """A layer that counts for a device of its own: the first device has counted, the second one perhaps not."""
+    cache, twin = static(llama), static(llama)
+    for one in (cache, twin):
+        feed(llama, one, 20)
+    last = cache.layers[2]
+    state = StaticState(llama.device, 1, 64)
+    lens = last.pages.lens
+    state.push(20, lens, lens)
+    state.started = state.decoding = True
+    state.unfinished, state.leader = False, last.state.leader
+    cache._states[torch.device("meta")] = last.state = state
+    last.first = True
+    for seed in range(3):
+        assert torch.equal(feed(llama, cache, 1, seed), feed(llama, twin, 1, seed))
+    with pytest.raises(Interruption), PLACES[place](llama):
+        feed(llama, cache, 1)
+    for _ in range(2):
+        with pytest.raises(CacheError, match=r"reset\(\)"):
+            feed(llama, cache, 1)
 
 
 def test_compiled_steps_are_told_too(llama: Any) -> None:
