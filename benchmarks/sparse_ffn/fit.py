@@ -41,15 +41,16 @@ SINGLE_SHARES = (0.8, 0.6, 0.4, 0.2, 0.0)
 NO_NEEDLES = ("random rows", "nothing for rows left out", "last layer only")  # needles take long, and few baselines
 STEP = 0.1  # of a layer's share in one move
 SIMPLE: dict[str, Any] = {"fill": "mean"}
+ALONE = {"fill": "mean", "query_block": 128, "neighbours": 0.5}  # how single layers are measured
 WAYS: tuple[dict[str, Any], ...] = (  # to measure attention and to fill; the first guess of the first share chooses
     {},
     {"query_block": 128, "memory": 0.8, "neighbours": 0.5},
     SIMPLE,
     {"fill": "mean", "query_block": 128},
-    {"fill": "mean", "memory": 0.8},
-    {"fill": "mean", "neighbours": 0.5},
-    {"query_block": 128, "memory": 0.5, "neighbours": 0.5, "fill": "mean"},
-    {"query_block": 128, "memory": 0.8, "neighbours": 0.5, "fill": "mean"},
+    {"fill": "mean", "query_block": 128, "memory": 0.8},
+    {"fill": "mean", "query_block": 128, "neighbours": 0.5},
+    {"fill": "mean", "query_block": 128, "memory": 0.8, "neighbours": 0.5},
+    {"fill": "mean", "query_block": 128, "memory": 1.0, "neighbours": 0.5},
 )
 
 
@@ -174,7 +175,9 @@ def main() -> None:
     parser.add_argument("--rows", type=float, nargs="+", default=[0.769, 0.85, 0.7], help="shares of all rows to run")
     parser.add_argument("--first-layer", type=int, help="first layer that may be sparse (default: the last third)")
     parser.add_argument("--singles", type=Path, help="chosen.json of an earlier run, whose step 1 is taken over")
-    parser.add_argument("--search-seconds", type=float, default=20, help="for each share of --rows")
+    parser.add_argument(
+        "--search-seconds", type=float, default=20, help="for the first of --rows; half for each other search"
+    )
     parser.add_argument("--only", nargs="+", help="of step 4: schedules whose names end with one of these")
     parser.add_argument("--batch-tokens", type=int, default=32768)
     parser.add_argument("--max-seconds", type=float, default=1e9, help="start no batch after this time")
@@ -245,7 +248,7 @@ def choose(
         samples = prompts(tokenizer, texts, "fit", "text", n, context)
         batches = in_batches(samples, args.batch_tokens)
         groups.append([Prefilled(replay, [samples[i] for i in batch], args.device) for batch in batches])
-    search = Search(groups, layers, first, args.fit_contexts[0], {})
+    search = Search(groups, layers, first, args.fit_contexts[0], ALONE)
     say(f"dense runs of {sum(args.fit)} texts")
     single: dict[tuple[int, float], float] = {}
     start: dict[str, dict[str, float]] = {}
@@ -267,17 +270,19 @@ def choose(
     ways = {json.dumps(way): search.measure(first_guess, groups, **way) for way in WAYS}
     say(f"{ {way: round(value, 5) for way, value in ways.items()} }")
     best = json.loads(min(ways, key=ways.__getitem__))
-    for share, options in [
-        (share, way) for share in args.rows for way in ((best, SIMPLE) if best != SIMPLE else (best,))
-    ]:
-        name = str(share) + ("" if options is not SIMPLE or best == SIMPLE else " simple")
+    runs = [(str(args.rows[0]), args.rows[0], best)]
+    if best != SIMPLE:
+        runs.append((f"{args.rows[0]} simple", args.rows[0], SIMPLE))
+    runs += [(str(share), share, best) for share in args.rows[1:]]
+    for name, share, options in runs:
         search.options = options
+        seconds = args.search_seconds / (1 if name == runs[0][0] else 2)
         guesses = [search.cheapest(single, share)]
         if str(share) in start:
             guesses.append({int(layer): keep for layer, keep in start[str(share)].items()})
         keeps = min(guesses, key=search.cost)
         before = search.cost(keeps)
-        keeps = search.refine(keeps, share, time.time() + args.search_seconds, say)
+        keeps = search.refine(keeps, share, time.time() + seconds, say)
         found[name] = {
             "options": options,
             "keeps": {str(layer): keep for layer, keep in keeps.items()},

@@ -555,6 +555,9 @@ def test_what_torch_compile_runs_is_dense(part):
     with torch.no_grad():
         dense = model(ids).logits
         runs = [40, 20, 20 if part == "post_attention_layernorm" else 0, 20] if part != "model" else [0] * 4
+        bands = tuple(Band(layer, keep=1.0 if layer == 2 else 0.5) for layer in (1, 2, 3))
+        with SparseFFN(model, SCHEDULE.replace(keep=None, first_layer=None, bands=bands)):
+            without = model(ids).logits  # layer 2 dense
         with SparseFFN(model, SCHEDULE) as context:
             sparse = model(ids).logits
             context.stats.reset()
@@ -565,10 +568,8 @@ def test_what_torch_compile_runs_is_dense(part):
             again = model(ids).logits
             assert [run // 2 for run in context.stats.run] == runs
         assert torch.equal(inside, again) and torch.allclose(model(ids).logits, dense, atol=1e-5)
-    if part == "model":
-        assert torch.allclose(inside, dense, atol=1e-5)
-    if part == "post_attention_layernorm":
-        assert torch.allclose(inside, sparse, atol=1e-5)
+    expected = {"model": dense, "post_attention_layernorm": sparse}.get(part, without)
+    assert torch.allclose(inside, expected, atol=1e-5)
 
 
 def test_received_attention_needs_our_attention():
