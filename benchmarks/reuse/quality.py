@@ -18,6 +18,7 @@ answer. The reference is a full prefill of the same ids with the same model. Mea
             --generate, because it decodes token by token. Compare with full_gold, the same of the full prefill.
   kept      of the prompts where the full prefill's greedy answer begins with the gold answer, token by token: share
             where the variant's does
+  margin    (in quality.jsonl) least lead of a gold token over the next one in the full prefill, nats; negative: it differs
   rows      share of the documents' rows that were computed anew
   work      share of the documents' (row, layer) pairs computed anew, layers that a selector ran over all rows included
 
@@ -29,6 +30,7 @@ their quality.jsonl and make the tables with --report-only. Reads DIR/multidoc/h
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import gzip
 import itertools
@@ -72,6 +74,7 @@ class Variant:
     relocate: bool = True
     contexts: str = ""  # what captures are the mean over, SOURCE:COUNT[:TOKENS]
     spread: float = 0.0
+    dtype: str | None = None  # None: that of the command line
     ratios: tuple[float, ...] | None = None  # None: those of the command line
 
 
@@ -98,25 +101,31 @@ class BoundaryThenRetrieval:
         return answer, view.offsets() >= self.boundary, self.paper.heads
 
 
-class RetrievalAttention(Observer):
-    """Boundary rows, then those that the query attends to most in the heads that the profile does not call local."""
+class MostAttention(Observer):
+    """Boundary rows, then those that some row of the query attends to most: the largest weight instead of the mean.
 
-    def __init__(self, profile: HeadProfile):
-        self.heads = np.array([[kind != "local" for kind in row] for row in profile.head_class])
-        self.total: Any = 0
+    Args:
+        profile: only its heads that are not local; None: all.
+    """
+
+    def __init__(self, profile: HeadProfile | None, boundary: int = 8):
+        self.heads = None if profile is None else PaperHeads(profile).heads
+        self.boundary, self.total = boundary, None
 
     def queries(self, layer: Any, rows: Any, q: torch.Tensor, spec: Any) -> None:
-        weights = attention_weights(q, rows, layer.k[:, :, : layer.cache.length], layer.sink, layer.window, spec)
-        mine = torch.from_numpy(self.heads[layer.index]).to(q.device)
-        self.total = self.total + weights[0][mine].mean((1, 2)).sum(0)
+        weights = attention_weights(q, rows, layer.k[:, :, : layer.cache.length], layer.sink, layer.window, spec)[0]
+        if self.heads is not None:
+            weights = weights[torch.from_numpy(self.heads[layer.index]).to(q.device)]
+        new = weights.amax(2).sum((0, 1))
+        self.total = new if self.total is None else self.total + new
 
     def __call__(self, view: PromptView) -> np.ndarray:
-        self.total = 0
+        self.total = None
         view.run(np.unique(np.append(view.query, view.length - 1)), self)
         score = self.total.double().cpu().numpy()
         score = score / max(score[view.eligible].max(initial=0.0), 1e-300)
-        first = view.offsets() < 8
-        return np.where(first, 10.0 - np.minimum(view.offsets(), 8), score)
+        first = view.offsets() < self.boundary
+        return np.where(first, 2.0 + self.boundary - np.minimum(view.offsets(), self.boundary), score)
 
 
 def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]:
@@ -133,7 +142,10 @@ def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]
         Variant("paper", PaperHeads(profile), ratios=(1.0,)),
         Variant("boundary_retrieval", BoundaryThenRetrieval(profile, 8)),
         Variant("ours", Blend()),
-        Variant("heads", RetrievalAttention(profile)),
+        Variant("heads", MostAttention(profile)),
+        Variant("most", MostAttention(None)),
+        Variant("most0", MostAttention(None, 0)),
+        Variant("bfloat16", ratios=(1.0,), dtype="bfloat16"),  # the full prefill itself, in another precision
         Variant("full", ratios=(1.0,)),
     ]
     for text in args.blend or []:  # boundary:layer:attention:deviation[:share]
@@ -183,15 +195,18 @@ class Makers:
 
     def __init__(self, model: Any, tokenizer: Any, header: list[int], args: argparse.Namespace):
         self.model, self.tokenizer, self.header, self.args = model, tokenizer, header, args
-        self._made: dict[tuple[bool, str, int], SegmentedPrompt] = {}
+        self._made: dict[tuple[bool, str, str | None, int], SegmentedPrompt] = {}
+        self._models: dict[str | None, Any] = {None: model}
 
     def __call__(self, variant: Variant, prompt: dict[str, Any]) -> SegmentedPrompt:
         half = int(prompt["i"] % QUESTIONS >= QUESTIONS // 2)
-        kind = (variant.alone, variant.contexts, half if variant.contexts else 0)
+        kind = (variant.alone, variant.contexts, variant.dtype, half if variant.contexts else 0)
+        if variant.dtype not in self._models:
+            self._models[variant.dtype] = copy.deepcopy(self.model).to(getattr(torch, variant.dtype or ""))
         if kind not in self._made:
             contexts = contexts_of(variant.contexts, self.args, self.tokenizer, half) if variant.contexts else ()
             maker = SegmentedPrompt(
-                self.model,
+                self._models[variant.dtype],
                 self.tokenizer,
                 SegmentStore("memory://", device=self.model.device.type),
                 HeadProfile.all_global(self.model.config),
@@ -281,7 +296,9 @@ def reference(model: Any, ids: torch.Tensor, gold: list[int], most: int, stop: s
         if own[-1] in stop:
             break
         token = torch.tensor([[own[-1]]], device=device)
-    return {"gold": golden, "own": torch.cat(rows), "own_ids": own}
+    margins = golden.gather(1, torch.tensor(gold, device=device)[:, None])[:, 0]
+    others = golden.scatter(1, torch.tensor(gold, device=device)[:, None], -torch.inf).amax(1)
+    return {"gold": golden, "own": torch.cat(rows), "own_ids": own, "margin": float((margins - others).min())}
 
 
 def divergence(full: torch.Tensor, other: torch.Tensor) -> float:
@@ -499,12 +516,13 @@ def main() -> None:
                     "i": prompt["i"],
                     "variant": variant.name,
                     "ratio": ratio,
-                    **judge(model, built, full, gold, reached),
+                    **judge(makers(variant, prompt).model, built, full, gold, reached),
                     "answer": text_of_its_own,
                     "tokens": built.account.tokens,
                     "full_answer": text,
                     "gold_answer": prompt["answer"],
                 }
+                record["margin"] = full["margin"]
                 record["full_gold"] = float(reached > 0)
                 if text_of_its_own is not None:
                     record["gold"] = float(prompt["answer"].lower() in text_of_its_own.lower())
