@@ -320,3 +320,8 @@ def test_nothing_here_can_unpickle():
             if isinstance(node, ast.Attribute):
                 names = [f"{ast.unparse(node)}"]
             assert not any("pickle" in n or "marshal" in n or n == "torch.load" or n == "shelve" for n in names), path
+
+
+def test_an_unknown_way_to_verify_is_refused():
+    with pytest.raises(RedKnotError, match="verify must be"):
+        decode(bytearray(b"".join(encode(SegmentEntry({"a": torch.zeros(2)})))), verify="typo")

@@ -336,6 +336,22 @@ def test_reading_instead_of_mapping_gives_the_same(tmp_path):
     assert_same(store.get(make_key(1)), make_entry(1))
 
 
+@pytest.mark.parametrize("call", ["dup", "open"])
+def test_a_process_without_descriptors_does_not_leave_the_store_alone(tmp_path, monkeypatch, call, caplog):
+    store = SegmentStore(tmp_path / "s")
+    store.put(make_key(1), make_entry(1))
+
+    def exhausted(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local.os, call, exhausted)
+        got = store.get(make_key(1))
+    assert (got is None) == (call == "open"), "a mapping needs no second descriptor"
+    assert len(warnings_of(caplog)) == (call == "open")
+    assert_same(store.get(make_key(1)), make_entry(1))
+
+
 # -- what users type, and what they must not read ---------------------------------------------------------------------
 
 

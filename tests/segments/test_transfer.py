@@ -246,3 +246,24 @@ def test_hashes_of_the_gpu_are_compared(tmp_path, monkeypatch, damaged, late_wor
     found = [verdict.exception(timeout=30) for verdict in upload.verdicts]
     assert asked == [12]  # one launch for all
     assert [type(error) for error in found] == [CorruptEntry if i == damaged else type(None) for i in range(3)]
+
+
+def test_an_entry_of_empty_tensors_is_judged():
+    empty = SegmentEntry({f"{part}.0": torch.empty(6, 2, 0, 8) for part in "kv"}, key=KEY, extra={"groups": [0] * 6})
+    for entries in ([empty], [entry_of(0, 20), empty]):
+        upload = Upload([stored(entry) for entry in entries], "cpu").finish()
+        assert [verdict.exception(timeout=30) for verdict in upload.verdicts] == [None] * len(entries)
+
+
+@pytest.mark.parametrize("damaged", [None, 1])
+def test_what_the_gpu_fails_to_hash_is_hashed_here(monkeypatch, caplog, damaged):
+    def failing(tensors, piece_bytes):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(sha256_kernel, "ready", lambda device: True)
+    monkeypatch.setattr(sha256_kernel, "sha256", failing)
+    entries = [stored(entry_of(i, 10_300), damage=i == damaged) for i in range(3)]
+    upload = Upload(entries, "cpu").finish()
+    found = [verdict.exception(timeout=30) for verdict in upload.verdicts]
+    assert [type(error) for error in found] == [CorruptEntry if i == damaged else type(None) for i in range(3)]
+    assert len([r for r in caplog.records if "out of memory" in r.getMessage()]) == 1

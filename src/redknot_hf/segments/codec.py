@@ -251,7 +251,10 @@ def decode(
     Raises:
         CorruptEntry: truncated, damaged, malformed, or the entry of another key.
         UnreadableEntry: newer version, or a keyed seal and no secret (or the reverse).
+        RedKnotError: an unknown `verify`.
     """
+    if verify not in ("full", "header", "later"):
+        raise RedKnotError(f"verify must be 'full', 'header' or 'later', got {shorten(verify)}")
     view = memoryview(buffer).cast("B")
     header, data_start = _parse_header(view)
     fields = _parse_fields(header)

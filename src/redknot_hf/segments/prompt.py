@@ -450,6 +450,7 @@ class SegmentedPrompt:
         if not (isinstance(spread, (int, float)) and spread >= 0):
             raise RedKnotError(f"spread={shorten(spread)}: expected a number of tokens, 0 for none")
 
+        row = ids[None].to(self.device)  # a small copy that would wait behind the gigabytes of an upload
         found = self._fetch(keys, checks)
         clock.mark("store")
         missing = [key for key in {key.hex: key for key in keys}.values() if found[key.hex] is None]
@@ -461,7 +462,6 @@ class SegmentedPrompt:
             found[name].tier = "computed"  # type: ignore[union-attr]
         clock.mark("capture")
 
-        row = ids[None].to(self.device)  # before the GPU has work that an upload would wait for
         places, at = [], 0
         for key in keys:
             places.append(Place(at, found[key.hex]))  # type: ignore[arg-type]

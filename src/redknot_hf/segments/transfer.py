@@ -8,6 +8,7 @@ hashed, and the bytes are read once.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from . import sha256_kernel
 from .codec import PIECE_BYTES, CorruptEntry, FileSource, PendingCheck, SegmentEntry
 
 __all__ = ["Upload"]
+
+logger = logging.getLogger(__name__)
 
 WORKERS = 16
 BUFFERS = 2  # of each worker: one is filled while the other is on its way
@@ -60,6 +63,7 @@ class Upload:
             self.stacks = [{n: t.to(self.device) for n, t in entry.tensors.items()} for entry in entries]
             return
         runs: list[_Run] = []
+        self._ready = threading.Condition()
         self._checks: dict[int, PendingCheck] = {}  # hashed by the threads that read
         self._checks_on_gpu: dict[int, PendingCheck] = {}
         for number, entry in enumerate(entries):
@@ -77,6 +81,11 @@ class Upload:
                 on_gpu = all(sha256_kernel.serves(t) for t in self.stacks[-1].values())
                 on_gpu = on_gpu and sha256_kernel.ready(self.device)
                 (self._checks_on_gpu if on_gpu else self._checks)[number] = entry.check
+        moving = {run.entry for run in runs}
+        for number, verdict in enumerate(self.verdicts):
+            if verdict is not None and number not in moving:  # its tensors are empty: no worker will ever speak of it
+                check = self._checks.pop(number, None) or self._checks_on_gpu.pop(number, None)
+                self._compare(number, check, [])
         if runs:
             self._start(runs, len(entries))
 
@@ -90,7 +99,6 @@ class Upload:
             self._left[run.layer] += 1
             self._of_entry[run.entry] += 1
         self._hashed_on_gpu = frozenset(self._checks_on_gpu)  # who sends may look here after the last check has begun
-        self._ready = threading.Condition()
         self._error: BaseException | None = None
         self._stream = torch.cuda.Stream(self.device)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))  # the memory may have been somebody else's
@@ -130,7 +138,11 @@ class Upload:
         try:
             with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
                 if self._send() and self._checks_on_gpu:
-                    self._hash_on_gpu()
+                    try:
+                        self._hash_on_gpu()
+                    except Exception as error:
+                        logger.warning("hashing on the GPU failed, hashing here: %s: %s", type(error).__name__, error)
+                        self._hash_copies()
         except BaseException as error:
             with self._ready:
                 self._error = error
@@ -220,6 +232,15 @@ class Upload:
             count = sum(-(-view.nbytes // PIECE_BYTES) for view in check.views)
             self._compare(number, check, leaves[:count])
             leaves = leaves[count:]
+
+    def _hash_copies(self) -> None:
+        """What the GPU could not hash: the bytes that are used, brought back."""
+        for number, check in dict(self._checks_on_gpu).items():
+            leaves: list[bytes] = []
+            for name in check.names:
+                leaves += check.leaves(self.stacks[number][name].cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            self._compare(number, check, leaves)
+        self._checks_on_gpu.clear()
 
     def _compare(self, entry: int, check: PendingCheck | None, leaves: list[bytes]) -> None:
         error: BaseException | None = None

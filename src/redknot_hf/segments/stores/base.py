@@ -395,7 +395,7 @@ class BytesStore(SegmentStore):
     def _read_or_say(self, name: str) -> Any:
         try:
             return self._read(name)
-        except CorruptEntry as e:
+        except (CorruptEntry, UnreadableEntry) as e:
             return e
 
     def _open(self, name: str, item: Any, verify: Verify) -> SegmentEntry:

@@ -27,7 +27,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from redknot_hf.errors import RedKnotError
-from redknot_hf.segments.codec import CorruptEntry
+from redknot_hf.segments.codec import CorruptEntry, UnreadableEntry
 from redknot_hf.segments.stores.base import BytesStore
 from redknot_hf.segments.stores.types import GcReport, StoreFull, StoreRecord
 
@@ -102,6 +102,8 @@ class LocalFileStore(BytesStore):
         except OSError as e:
             if e.errno in (errno.ELOOP, errno.EACCES, errno.EPERM):
                 raise CorruptEntry(f"it cannot be opened: {e.strerror}") from e
+            if e.errno in (errno.EMFILE, errno.ENFILE):  # this process's trouble: nothing is wrong with store or entry
+                raise UnreadableEntry(f"it cannot be opened: {e.strerror}") from e
             raise
         try:
             info = os.fstat(fd)
@@ -112,7 +114,8 @@ class LocalFileStore(BytesStore):
                 # Private and writable: a stray write of a reader stays in its process and does not reach the file.
                 buffer: Any = _Mapped(fd, size, access=mmap.ACCESS_COPY)
                 if fd < _most_files():
-                    buffer.file = _OpenFile(os.dup(fd))
+                    with contextlib.suppress(OSError):  # no descriptor left: the mapping serves
+                        buffer.file = _OpenFile(os.dup(fd))
                 if hasattr(os, "posix_fadvise"):  # unlike mmap.madvise it lets other threads run
                     os.posix_fadvise(fd, 0, size, os.POSIX_FADV_WILLNEED)
             else:
