@@ -38,7 +38,13 @@ from redknot_hf.sparse_ffn import Band, SparseFFNSchedule
 from redknot_hf.sparse_ffn.structure import find_blocks
 
 SINGLE_SHARES = (0.8, 0.6, 0.4, 0.2, 0.0)
-NO_NEEDLES = ("random rows", "nothing for rows left out", "last layer only")  # needles take long, and few baselines
+NO_NEEDLES = (
+    "without memory",
+    "without neighbours",
+    "random rows",
+    "nothing for rows left out",
+    "last layer only",
+)  # needles take long, and few baselines
 STEP = 0.1  # of a layer's share in one move
 SIMPLE: dict[str, Any] = {"fill": "mean"}
 ALONE = {"fill": "mean", "query_block": 128, "neighbours": 0.5}  # how single layers are measured
@@ -211,6 +217,10 @@ def main() -> None:
             table[f"fitted {name}, attention_norm"] = schedule(
                 keeps, layers, importance="attention_norm", fill=found["options"].get("fill", "nothing")
             )
+            for option in ("memory", "neighbours"):
+                if option in found["options"]:
+                    less = {key: value for key, value in found["options"].items() if key != option}
+                    table[f"fitted {name}, without {option}"] = schedule(keeps, layers, **less)
             table[f"fitted {name}, random rows"] = schedule(
                 keeps, layers, importance=random_rows, fill=found["options"].get("fill", "nothing")
             )
@@ -306,13 +316,13 @@ def choose(
 def check(
     args: Any, replay: Replay, tokenizer: Any, texts: list[str], table: dict[str, Any], start: float, say: Any
 ) -> list[dict[str, Any]]:
-    """Step 4: one row per prompt and schedule, texts first."""
+    """Step 4: one row per prompt and schedule."""
     path = args.out / "check.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(row["context"], row["kind"], row["index"], row["name"]) for row in rows}
     with path.open("a") as file:
-        for kind, counts in (("text", args.check), ("needle", args.needles)):
-            for context, count in zip(args.contexts, counts, strict=True):
+        for number, context in enumerate(args.contexts):
+            for kind, count in (("text", args.check[number]), ("needle", args.needles[number])):
                 samples = prompts(tokenizer, texts, "check", kind, count, context)
                 names = [name for name in table if kind == "text" or not name.endswith(NO_NEEDLES)]
                 for batch in in_batches(samples, args.batch_tokens):
