@@ -21,6 +21,7 @@ import redknot_hf.segments
 from redknot_hf.errors import RedKnotError
 from redknot_hf.segments import codec
 from redknot_hf.segments.codec import CorruptEntry, SegmentEntry, UnreadableEntry, decode, encode
+from redknot_hf.segments.entry import inspect
 from redknot_hf.segments.ragged import pack_layer, unpack_layer
 
 KEY = "ab" * 32
@@ -325,3 +326,25 @@ def test_nothing_here_can_unpickle():
 def test_an_unknown_way_to_verify_is_refused():
     with pytest.raises(RedKnotError, match="verify must be"):
         decode(bytearray(b"".join(encode(SegmentEntry({"a": torch.zeros(2)})))), verify="typo")
+
+
+@pytest.mark.parametrize("verify", ["full", "later", "header"])
+@pytest.mark.parametrize("extra", ['{"x":NaN}', '{"x":[-1e999]}', '{"x":' + "[" * 900 + "]" * 900 + "}"])
+def test_a_description_that_cannot_be_written_as_json_is_corrupt(extra, verify):
+    raw = b"".join(encode(SegmentEntry({"a": torch.zeros(2)})))
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    fields = header["__metadata__"]["redknot_segment"]
+    header["__metadata__"]["redknot_segment"] = fields.replace('"extra":{}', f'"extra":{extra}')
+    assert header["__metadata__"]["redknot_segment"] != fields
+    text = json.dumps(header).encode()
+    with pytest.raises(CorruptEntry):
+        decode(bytearray(struct.pack("<Q", len(text)) + text + raw[8 + length :]), verify=verify)
+
+
+@pytest.mark.parametrize("groups", [None, 5, 1.5, True, {}, "00", [0], [0, 1], [0, True], [0, 0.0], [0, []], [[], []]])
+def test_layers_that_an_entry_makes_up_are_refused(groups):
+    extra = {} if groups is None else {"groups": groups}
+    tensors = {"k.0": torch.zeros(2, 1, 4, 8), "v.0": torch.zeros(2, 1, 4, 8)}
+    with pytest.raises(CorruptEntry):
+        inspect(SegmentEntry(tensors, num_tokens=4, extra=extra), [(1, 8, 8)] * 2, 4, 0, torch.float32)

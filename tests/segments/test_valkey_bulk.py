@@ -66,7 +66,11 @@ def test_a_group_that_has_changed_is_none_and_the_next_is_right(answer):
     assert client.events == ["release"]
 
 
-@pytest.mark.parametrize("reply", [b"$4\r\n12", b"$4\r\n1234", b"$4\r\n1234xy", b":5\r\n", b"$x\r\n", b"$-7\r\n", b""])
+@pytest.mark.parametrize(
+    "reply",
+    [b"$4\r\n12", b"$4\r\n1234", b"$4\r\n1234xy", b":5\r\n", b"$x\r\n", b"$-7\r\n", b"", b"$99999999999999\r\n",
+     b"$" + b"9" * 5000 + b"\r\n", b"HTTP/1.1 200 OK" * 20000],
+)  # fmt: skip
 def test_a_broken_answer_costs_the_connection(reply):
     client = Client(reply)
     with pytest.raises(ConnectionError):

@@ -264,7 +264,11 @@ def decode(
         state = "is sealed with a secret and none was given" if secret is None else "is not sealed with a secret"
         raise UnreadableEntry(f"entry {state} (secret= or REDKNOT_STORE_SECRET)")
     seal = fields.pop("seal", None)
-    if seal != _seal(fields, header, secret):
+    try:
+        right = _seal(fields, header, secret)
+    except (ValueError, RecursionError) as e:  # NaN, or nested more deeply than JSON can be written
+        raise CorruptEntry(f"the description is not plain JSON: {shorten(str(e))}") from e
+    if seal != right:
         raise CorruptEntry("the description does not match its seal")
     if key is not None and fields["key"] != key:
         raise CorruptEntry(f"the entry belongs to another key, {shorten(fields['key'])}")

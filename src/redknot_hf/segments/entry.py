@@ -110,7 +110,8 @@ def inspect(
     groups = entry.extra.get("groups")
     if entry.num_tokens != tokens or entry.start != start or not isinstance(groups, list) or len(groups) != layers:
         raise CorruptEntry(
-            f"it holds {entry.num_tokens} tokens from position {entry.start} in {len(groups or [])} layers; expected "
+            f"it holds {shorten(entry.num_tokens)} tokens from position {shorten(entry.start)} in layers "
+            f"{shorten(groups)}; expected "
             f"{tokens} from {start} in {layers}"
         )
     for name, tensor in entry.tensors.items():

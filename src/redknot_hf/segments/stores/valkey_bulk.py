@@ -15,6 +15,8 @@ import numpy as np
 
 __all__ = ["read_values"]
 
+LARGEST_VALUE = 512 << 20  # a server has none above
+LONGEST_LINE = 1 << 16
 READ_AHEAD = 64  # bytes read for a reply's first line; what follows the line belongs to the value
 
 
@@ -85,6 +87,8 @@ class _Replies:
     def _length(self) -> int | None:
         """Of the next value; None if there is none."""
         while b"\r\n" not in self.ahead:
+            if len(self.ahead) > LONGEST_LINE:
+                raise ConnectionError(f"a reply of the server does not begin: {self.ahead[:40]!r}")
             self._more(READ_AHEAD)
         line, self.ahead = self.ahead.split(b"\r\n", 1)
         if line[:1] == b"-":
@@ -94,6 +98,8 @@ class _Replies:
             return None
         if line[:1] != b"$" or not line[1:].isdigit():
             raise ConnectionError(f"unexpected reply of the server: {line[:40]!r}")
+        if len(line) > 12 or int(line[1:]) > LARGEST_VALUE:  # memory is taken for no such promise
+            raise ConnectionError(f"the server announces an impossible value: {line[:40]!r}")
         return int(line[1:])
 
     def _receive(self, into: memoryview) -> None:
