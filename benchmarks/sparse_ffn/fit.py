@@ -277,6 +277,7 @@ def choose(
     print(json.dumps({f"{layer} {keep}": round(value, 6) for (layer, keep), value in single.items()}))
     found: dict[str, Any] = {}
     first_guess = search.cheapest(single, args.rows[0])
+    search.options = {}
     ways = {json.dumps(way): search.measure(first_guess, groups, **way) for way in WAYS}
     say(f"{ {way: round(value, 5) for way, value in ways.items()} }")
     best = json.loads(min(ways, key=ways.__getitem__))
