@@ -458,7 +458,7 @@ def test_a_damaged_entry_that_cannot_be_deleted_is_not_used_either(tmp_path, cap
 
     monkeypatch.setattr(LocalFileStore, "_remove", refuse)
     monkeypatch.setattr(LocalFileStore, "_write", refuse)
-    prompt = prompt_of(model, store=SegmentStore(f"file://{tmp_path}", retry_after=0.0))
+    prompt = prompt_of(model, store=f"file://{tmp_path}")
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             built = prompt.build(segments, QUERY, 0.2)

@@ -352,6 +352,22 @@ def test_a_process_without_descriptors_does_not_leave_the_store_alone(tmp_path, 
     assert_same(store.get(make_key(1)), make_entry(1))
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_store_that_may_only_be_read_stays_in_use(tmp_path, monkeypatch, code, caplog):
+    store = SegmentStore(tmp_path / "s")
+    store.put(make_key(1), make_entry(1))
+
+    def refuse(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(local.os, "replace", refuse)
+    monkeypatch.setattr(local.Path, "unlink", refuse)
+    for _ in range(2):
+        assert store.put(make_key(2), make_entry(2)) is False and store.delete(make_key(1)) is False
+        assert_same(store.get(make_key(1)), make_entry(1))
+    assert len(warnings_of(caplog)) == 1
+
+
 # -- what users type, and what they must not read ---------------------------------------------------------------------
 
 

@@ -22,7 +22,6 @@ import functools
 import hashlib
 import itertools
 import json
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -50,8 +49,6 @@ from .stores import SegmentStore
 from .transfer import Upload
 
 __all__ = ["DEFAULT_RATIO", "DEFAULT_SELECTOR", "SegmentedPrompt", "SplicedBatch", "SplicedPrompt"]
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_RATIO = 0.15
 DEFAULT_SELECTOR = "blend"
@@ -303,8 +300,9 @@ class SegmentedPrompt:
                 inspect(entry, self._shapes, len(key.token_ids), len(key.header_ids), self.model.dtype)
                 usable.append((key, entry))
             except CorruptEntry as error:
-                logger.warning("%r: entry %s cannot be used: %s; computed anew", self.store, key.hex[:12], error)
-                self.store.delete(key)
+                self.store.discard(
+                    key, error, entry.tier
+                )  # a store that nobody may write to keeps it, and stays in use
         entries = [entry for _, entry in usable]
         upload = Upload(entries, self.device)
         if checks is None:

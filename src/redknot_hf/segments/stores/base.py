@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import logging
 import os
@@ -110,6 +111,7 @@ class SegmentStore:
         self._down_until = 0.0
         self._warned_down = False
         self._warned_full = False
+        self._warned_refused = False
         self._bad: set[str] = set()
 
     # -- what callers use ------------------------------------------------------------------------------------------
@@ -320,7 +322,10 @@ class SegmentStore:
             self._warn_full(e)
             return otherwise
         except (StoreUnavailable, OSError) as e:
-            self._note_failure(what, e)
+            if isinstance(e, PermissionError) or getattr(e, "errno", None) == errno.EROFS:
+                self._warn_refused(what, e)  # it is there, and can be read: no outage
+            else:
+                self._note_failure(what, e)
             return otherwise
         self._warned_down = False
         return result
@@ -338,6 +343,13 @@ class SegmentStore:
             self._scrub(f"{type(error).__name__}: {error}"),
             self.retry_after,
         )
+
+    def _warn_refused(self, what: str, error: Exception) -> None:
+        with self._lock:
+            level, self._warned_refused = (logging.DEBUG if self._warned_refused else logging.WARNING), True
+            self._stat.failures += 1
+        text = self._scrub(f"{type(error).__name__}: {error}")
+        logger.log(level, "%s: %s refused (%s); what is there is still read", self.url, what, text)
 
     def _warn_full(self, error: Exception) -> None:
         with self._lock:
