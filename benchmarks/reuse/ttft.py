@@ -11,12 +11,14 @@ are written.
 Every line says what each part of a build took. Where a bar is set for a store (--bars), it says whether it is met.
 
 Stores: "memory" (tensors on the compute device), "host" (page-locked host memory), "file" (a local folder; --cold drops
-the files from the page cache before each run), each filled beforehand: what is measured is a hit.
+the files from the page cache before each run), "file-threads" (the same, hashed by threads where a GPU would do it), each
+filled beforehand: what is measured is a hit.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import cProfile
 import gzip
 import io
@@ -29,7 +31,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from redknot_hf import HeadProfile, RedKnotCache, __version__
+from redknot_hf.segments import sha256_kernel
 from redknot_hf.segments.prompt import DEFAULT_SELECTOR, SegmentedPrompt
 from redknot_hf.segments.stores import SegmentStore
 
@@ -99,6 +102,16 @@ def timed(action: Callable[[], Any], device: str) -> tuple[float, Any]:
     return time.perf_counter() - begin, result
 
 
+@contextlib.contextmanager
+def by_threads() -> Iterator[None]:
+    """No GPU hashes what is read."""
+    inner, sha256_kernel.ready = sha256_kernel.ready, lambda device: False
+    try:
+        yield
+    finally:
+        sha256_kernel.ready = inner
+
+
 def profile_python(action: Callable[[], Any], path: Path) -> None:
     """Where the host's time goes."""
     profile = cProfile.Profile()
@@ -123,7 +136,9 @@ def main() -> None:
     parser.add_argument("--query-tokens", type=int, default=32)
     parser.add_argument("--ratio", type=float, default=0.15)
     parser.add_argument("--selectors", nargs="+", default=["boundary", DEFAULT_SELECTOR])
-    parser.add_argument("--stores", nargs="+", default=["memory", "file"], choices=["memory", "host", "file"])
+    parser.add_argument(
+        "--stores", nargs="+", default=["memory", "file"], choices=["memory", "host", "file", "file-threads"]
+    )
     parser.add_argument("--folder", type=Path, help="for the file store; default: a temporary one")
     parser.add_argument("--verify", choices=["full", "header"], default="full", help="of what files hold")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each run")
@@ -181,7 +196,9 @@ def main() -> None:
     stores = {
         "memory": lambda: SegmentStore("memory://", device=device),
         "host": lambda: SegmentStore("memory://", pin_memory=device.startswith("cuda")),
-        "file": lambda: SegmentStore(f"file://{folder}", verify=args.verify, fsync=False),
+        **dict.fromkeys(
+            ("file", "file-threads"), lambda: SegmentStore(f"file://{folder}", verify=args.verify, fsync=False)
+        ),
     }
     actions: dict[str, Callable[[], Any]] = {}
 
@@ -204,7 +221,8 @@ def main() -> None:
         for selector in args.selectors:
 
             def reuse(prompt: Any = prompt, names: Any = names, selector: str = selector, name: str = kind) -> Any:
-                built = prompt.build(names, query, args.ratio, selector)
+                with by_threads() if name == "file-threads" else contextlib.nullcontext():
+                    built = prompt.build(names, query, args.ratio, selector)
                 accounts[f"{name} {selector}"] = built.account
                 return model(ids[:, -1:], past_key_values=built["past_key_values"]).logits
 
@@ -223,7 +241,7 @@ def main() -> None:
                 "times_s": [round(t, 5) for t in times[name]],
             }
             line["speedup_over_faster_prefill"] = round(best / seconds, 3)
-            bar = bars.get(name.partition(" ")[0])
+            bar = bars.get(name.partition(" ")[0].removesuffix("-threads"))
             if bar is not None:
                 line["bar"], line["met"] = bar, best / seconds >= bar
             if name in accounts:
@@ -259,6 +277,11 @@ def main() -> None:
         where = args.out / f"ttft_{Path(args.model or args.shape).name}_{device.partition(':')[0]}_{ids.shape[1]}.json"
         where.write_text(json.dumps(facts, indent=1) + "\n")
         return lines, where
+
+    where_to = next(model.parameters()).device
+    end = time.monotonic() + 60
+    while sha256_kernel.available(where_to) and not sha256_kernel.ready(where_to) and time.monotonic() < end:
+        time.sleep(0.1)  # it is compiled in the background, and threads hash until then
 
     for repeat in range(args.repeats + 1):
         for name, action in actions.items():
