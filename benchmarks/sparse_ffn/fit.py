@@ -38,26 +38,19 @@ from redknot_hf.sparse_ffn import Band, SparseFFNSchedule
 from redknot_hf.sparse_ffn.structure import find_blocks
 
 SINGLE_SHARES = (0.8, 0.6, 0.4, 0.2, 0.0)
-NO_NEEDLES = (
-    "without memory",
-    "without neighbours",
-    "random rows",
-    "nothing for rows left out",
-    "last layer only",
-)  # needles take long, and few baselines
 STEP = 0.1  # of a layer's share in one move
-SIMPLE: dict[str, Any] = {"fill": "mean"}
-ALONE = {"fill": "mean", "query_block": 128, "neighbours": 0.5}  # how single layers are measured
+SIMPLE: dict[str, Any] = {"fill": "mean"}  # how single layers are measured
 WAYS: tuple[dict[str, Any], ...] = (  # to measure attention and to fill; the first guess of the first share chooses
     {},
-    {"query_block": 128, "memory": 0.8, "neighbours": 0.5},
+    {"memory": 1.0},
     SIMPLE,
     {"fill": "mean", "query_block": 128},
-    {"fill": "mean", "query_block": 128, "memory": 0.8},
-    {"fill": "mean", "query_block": 128, "neighbours": 0.5},
-    {"fill": "mean", "query_block": 128, "memory": 0.8, "neighbours": 0.5},
-    {"fill": "mean", "query_block": 128, "memory": 1.0, "neighbours": 0.5},
+    {"fill": "mean", "memory": 0.5},
+    {"fill": "mean", "memory": 1.0},
+    {"fill": "mean", "query_block": 128, "memory": 1.0},
 )
+# needles take long, and few baselines
+NO_NEEDLES = ("without memory", "random rows", "nothing for rows left out", "last layer only")
 
 
 def schedule(keeps: dict[int, float], layers: int, **options: Any) -> SparseFFNSchedule:
@@ -217,10 +210,9 @@ def main() -> None:
             table[f"fitted {name}, attention_norm"] = schedule(
                 keeps, layers, importance="attention_norm", fill=found["options"].get("fill", "nothing")
             )
-            for option in ("memory", "neighbours"):
-                if option in found["options"]:
-                    less = {key: value for key, value in found["options"].items() if key != option}
-                    table[f"fitted {name}, without {option}"] = schedule(keeps, layers, **less)
+            if "memory" in found["options"]:
+                less = {key: value for key, value in found["options"].items() if key != "memory"}
+                table[f"fitted {name}, without memory"] = schedule(keeps, layers, **less)
             table[f"fitted {name}, random rows"] = schedule(
                 keeps, layers, importance=random_rows, fill=found["options"].get("fill", "nothing")
             )
@@ -258,7 +250,7 @@ def choose(
         samples = prompts(tokenizer, texts, "fit", "text", n, context)
         batches = in_batches(samples, args.batch_tokens)
         groups.append([Prefilled(replay, [samples[i] for i in batch], args.device) for batch in batches])
-    search = Search(groups, layers, first, args.fit_contexts[0], ALONE)
+    search = Search(groups, layers, first, args.fit_contexts[0], SIMPLE)
     say(f"dense runs of {sum(args.fit)} texts")
     single: dict[tuple[int, float], float] = {}
     start: dict[str, dict[str, float]] = {}

@@ -120,7 +120,7 @@ def test_the_default_depth_is_the_last_third_and_dense_rules_are_none():
         (dict(keep=0.5, bucket=0), "bucket=0"),
         (dict(keep=0.5, fill="zeros"), "fill='zeros'"),
         (dict(keep=0.5, memory=1.5), "memory=1.5"),
-        (dict(keep=0.5, neighbours=float("nan")), "neighbours=nan"),
+        (dict(keep=0.5, memory=float("nan")), "memory=nan"),
         (dict(keep=0.5, importance="magic"), "importance='magic'"),
         (dict(keep=0.5, bands=(3,)), "bands holds 3"),
     ],

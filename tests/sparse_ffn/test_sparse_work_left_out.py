@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from sparse_models import CONFIGS, tiny, tokens, with_rows
 from transformers import AutoModelForCausalLM
 
 from redknot_hf import HeadProfile, RedKnotCache
-from redknot_hf.segments import SegmentedPrompt, SegmentStore
 from redknot_hf.sparse_ffn import Band, SparseFFN, SparseFFNSchedule, importance
 from redknot_hf.sparse_ffn import run as run_module
 from redknot_hf.sparse_ffn.run import Run
@@ -51,41 +49,6 @@ def test_memory_adds_what_the_layers_measured_before_had(watched, monkeypatch):
     with torch.no_grad(), SparseFFN(model, SCHEDULE):
         model(ids)
     assert torch.equal(found[3], masses[-1])
-
-
-def test_neighbours_count_with_a_factor(watched, monkeypatch):
-    model, ids, found = tiny("llama"), tokens(2, 40), importances(monkeypatch)
-    with torch.no_grad(), SparseFFN(model, SCHEDULE.replace(neighbours=0.25, memory=0.5)):
-        model(ids)
-    spread = []
-    for mass in watched[0]:
-        padded = torch.nn.functional.pad(mass, (1, 1))
-        spread.append(mass + 0.25 * (padded[:, :-2] + padded[:, 2:]))
-    assert torch.allclose(found[1], spread[0], atol=1e-6)
-    assert torch.allclose(found[2], spread[1] + spread[0] / 2, atol=1e-6)
-
-
-def test_rows_of_a_splice_are_neighbours_where_their_positions_are(monkeypatch):
-    model, masses, found = tiny("llama"), [], importances(monkeypatch)
-    original = run_module.splice_call_mass
-
-    def mass(query, rows, *rest):
-        masses.append((rows.host.copy(), original(query, rows, *rest)))
-        return masses[-1][1]
-
-    monkeypatch.setattr(run_module, "splice_call_mass", mass)
-    prompt = SegmentedPrompt(model, None, SegmentStore("memory://"), None)
-    segments = [prompt.add(tokens(1, 30, seed)[0].tolist()) for seed in (5, 6, 8)]
-    with SparseFFN(model, SCHEDULE.replace(neighbours=0.25)):
-        prompt.build(segments, tokens(1, 12, 7)[0].tolist(), recompute=0.15)
-    position, alone = masses[0]
-    assert 1 in np.diff(position) and (np.diff(position) > 1).any()
-    expected = alone.clone()
-    for i, j in (
-        (i, j) for i in range(len(position)) for j in range(len(position)) if abs(position[i] - position[j]) == 1
-    ):
-        expected[0, i] += 0.25 * alone[0, j]
-    assert torch.allclose(found[1], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("rule", [dict(keep=0.0), dict(keep=None, mass=0.0)])

@@ -186,19 +186,9 @@ class Run:
         asking = np.flatnonzero(rows.host >= cache.layout.query)
         if len(asking) < self.schedule.query_block:
             asking = np.arange(max(0, len(rows) - self.schedule.query_block), len(rows))
-        adjacent = None
-        if self.schedule.neighbours:
-            adjacent = upload((np.diff(rows.host) == 1).astype(np.float32), query.device)
-        self._receive(splice_call_mass(query, rows, layer, spec, asking, cache.length), adjacent)
+        self._receive(splice_call_mass(query, rows, layer, spec, asking, cache.length))
 
-    def _receive(self, mass: torch.Tensor | None, adjacent: torch.Tensor | None = None) -> None:
-        """``adjacent``: float ``[rows - 1]``, 1 where a row is followed by its neighbour; None where all are."""
-        share = self.schedule.neighbours
-        if share and mass is not None:
-            joined = share if adjacent is None else share * adjacent
-            mass, alone = mass.clone(), mass
-            mass[:, 1:] += joined * alone[:, :-1]
-            mass[:, :-1] += joined * alone[:, 1:]
+    def _receive(self, mass: torch.Tensor | None) -> None:
         before, memory = self.received, self.schedule.memory
         if memory and mass is not None and before is not None and before.shape == mass.shape:
             mass = mass + memory * before.to(mass.device)

@@ -79,8 +79,6 @@ class SparseFFNSchedule:
         query_block: queries whose attention counts, the last real ones; all query rows if the query is known and longer.
         memory: received attention of a layer is that of this layer plus so much of what the sparse layer measured before it
             had; 0 looks at each layer alone, 1 sums all.
-        neighbours: to the received attention of a row so much of that of the row before and of the row after it is added:
-            what follows tends to look beside where the last queries looked.
         fill: what a row that is left out gets from the FFN. "nothing": it keeps its residual; "mean": the mean of what the
             FFN gives to the rows of its sequence that pass, sinks apart.
         bucket: kept rows of each sequence are rounded up to a multiple of this, with the next rows in importance, and
@@ -105,7 +103,6 @@ class SparseFFNSchedule:
     importance: str | Callable[[Any], Any] = "received_attention"
     query_block: int = 64
     memory: float = 0.0
-    neighbours: float = 0.0
     fill: str = "nothing"
     bucket: int = 64
     min_rows: int = 256
@@ -135,7 +132,6 @@ class SparseFFNSchedule:
         if self.fill not in FILLS:
             raise RedKnotError(f"fill={shorten(self.fill)}: expected one of {', '.join(map(repr, FILLS))}")
         _check_number("memory", self.memory, 1.0)
-        _check_number("neighbours", self.neighbours, 1.0)
         if not callable(self.importance) and self.importance not in IMPORTANCES:
             raise RedKnotError(
                 f"importance={shorten(self.importance)}: expected one of {', '.join(map(repr, IMPORTANCES))}, or a "
