@@ -109,7 +109,7 @@ def choose_ours(
                 model, layout, calibration.prompts, windows=WINDOWS, sink=rules.SINK,
                 objective=objective or Objective(), sketches=load.search_sketches, seed=0, mode=mode,
                 rounds=load.rounds, lengths=load.lengths, singles=load.singles, finalists=load.finalists,
-                deployed_rounds=load.deployed_rounds, starts=load.starts, alone=load.alone,
+                deployed_rounds=load.deployed_rounds, starts=load.starts, prune=load.prune,
             ))  # fmt: skip
             profile = select_profile(
                 model.config, layout, calibration.measured, budget=budget, mean_window=window, search=search
@@ -168,7 +168,13 @@ def remembering(known: dict[Any, Any], search: Search) -> Search:
             known[key] = search.expand(choice, number)
         return known[key]
 
-    return dataclasses.replace(search, cost=cost, expand=expand)
+    def text_alone(choices: Any) -> list[float]:  # always the same: every head alone
+        if "text alone" not in known:
+            assert search.text_alone is not None
+            known["text alone"] = search.text_alone(choices)
+        return known["text alone"]
+
+    return dataclasses.replace(search, cost=cost, expand=expand, text_alone=search.text_alone and text_alone)
 
 
 def given(path: Path, window: int, mode: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from redknot_hf.heads.profiler.local_model import LocalModel, linearise, option_
 from redknot_hf.heads.profiler.many_maps import map_costs, map_rows
 from redknot_hf.heads.profiler.moves import single_moves, walk
 from redknot_hf.heads.profiler.objective import Objective, prompt_terms
-from redknot_hf.heads.profiler.refine import Search, refine, refine_best, search_on
+from redknot_hf.heads.profiler.refine import Search, pruned, refine, refine_best, search_on
 from redknot_hf.heads.profiler.tasks import collate
 from redknot_hf.heads.profiler.validation import full_reference, measure
 
@@ -210,3 +211,30 @@ def test_of_several_starts_the_best_goes_on():
     assert trail and torch.equal(trail[-1], best)
     one = refine_best({"a": starts["a"]}, 32 * 4, search)
     assert one[0] == "a" and one[1][1] == alone["a"] and one[3] == {}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_heads_are_pruned_where_the_rest_misses_them_least(seed):
+    """One head at a time, each the best of all by prediction; in larger steps the model is asked less often."""
+    local, asked = random_model(9, seed), []
+
+    def expand(choice, number):
+        asked.append((int((choice == 3).sum()), number))
+        return local
+
+    search = Search(WINDOWS, expand, lambda cs: [local.predict(c) for c in cs], prune=1)
+    order = pruned(search, 9, 4, 1)
+    assert sorted(order) == list(range(9)) and asked == [(9 - i, i + 1) for i in range(5)]
+    here = torch.full((9,), 3)
+    for head in order[:3:-1]:
+        trials = {}
+        for other in (here == 3).nonzero()[:, 0].tolist():
+            trial = here.clone()
+            trial[other] = 1
+            trials[other] = local.predict(trial)
+        assert head == min(trials, key=trials.get)
+        here[head] = 1
+    assert (here[order[:4]] == 3).all()
+    asked.clear()
+    assert pruned(replace(search, prune=3), 9, 4, 1) == order  # one model everywhere: the steps do not matter
+    assert asked == [(9, 1), (6, 2)]

@@ -134,7 +134,7 @@ def profile_heads(
             model, layout, prompts, windows=windows, sink=sink, objective=Objective(), sketches=load.search_sketches,
             seed=seed, mode=prefill if load.deployed else "full", rounds=load.rounds, lengths=load.lengths, singles=load.singles,
             finalists=load.finalists, deployed_rounds=load.deployed_rounds,
-            starts=load.starts, alone=load.alone, step=lambda: bar.update(1),
+            starts=load.starts, prune=load.prune, step=lambda: bar.update(1),
         )  # fmt: skip
         search = replace(search, load=partial(_load_search, state), save=partial(_save_search, state))
         bar.set_description("full cache on held-out prompts")

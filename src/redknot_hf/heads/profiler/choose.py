@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..model_shape import describe_config
 from ..profile import HeadProfile
 from .collect import Measured
 from .intercept import DecoderLayout
-from .refine import Search, refine, refine_best
+from .refine import Search, pruned, refine, refine_best
 from .selection import by_order, candidates, head_count, quadratic
 from .validation import rounded
 
@@ -80,9 +81,16 @@ def select_profile(
     note: dict[str, Any] = {}
     sink = measured.scores.sink
     if search is not None and method != "gates" and 0 < count < len(cells):
-        if search.alone:
-            order = _alone(search, len(cells), middle)
-            found |= by_order(order, gates, text, needle, count, windows, mean_window)
+        orders: dict[str, list[int]] = {}
+        if search.prune:
+            orders["pruned"] = pruned(search, len(cells), count, middle)
+        if search.text_alone is not None:
+            alone = _alone(search.text_alone, len(cells), len(windows), middle)
+            opened = [int(h) for h in gates.argsort(descending=True, stable=True) if gates[h] > 0.01]
+            for share in (0.33, 0.5, 0.67):
+                first = opened[: round(share * count)]
+                orders[f"gates for {share:.0%} and text"] = first + [h for h in alone if h not in first]
+        found |= by_order(orders, text, needle, count, windows, mean_window)
         names = list(found)
         options = list(found.values())
         costs = list(search.cost(options))
@@ -132,14 +140,14 @@ def select_profile(
     return profile
 
 
-def _alone(search: Search, heads: int, window: int) -> list[int]:
-    """Heads by what the objective loses when one of them alone has a window, most first."""
+def _alone(cost: Callable[[Sequence[Tensor]], Sequence[float]], heads: int, whole: int, window: int) -> list[int]:
+    """Heads by what it costs when one of them alone has a window, most first; options `window` and `whole`."""
     maps = []
     for head in range(heads):
-        choice = torch.full((heads,), len(search.windows))
+        choice = torch.full((heads,), whole)
         choice[head] = window
         maps.append(choice)
-    costs = list(search.cost(maps))
+    costs = list(cost(maps))
     return sorted(range(heads), key=lambda head: -costs[head])
 
 

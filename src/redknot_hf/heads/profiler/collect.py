@@ -45,7 +45,7 @@ class Workload:
         deployed: measure the last few maps in the mode of the deployment, which may need a prefill for each.
         finalists, deployed_rounds: of the search, then (`refine.search_on`).
         kinds: of the retrieval prompts.
-        starts, alone: of the search (`refine.Search`).
+        starts, prune: of the search (`refine.search_on`).
     """
 
     needles: int
@@ -70,7 +70,7 @@ class Workload:
     deployed_rounds: int
     kinds: tuple[str, ...]
     starts: int = 1
-    alone: bool = False
+    prune: int = 0
 
 
 _LARGE = 10**9
@@ -102,10 +102,10 @@ def workload(device: torch.device, context: int, samples: int | None, parameters
         rows=64 if large else 128,
         text_sketches=8 if large else 16, needle_sketches=4 if large else 8, gate_steps=16 if large else 80,
         batch=max(1, min(24, 49_152 // context)),
-        search_needles=0 if large else 2 * n, search_texts=0 if large else 4 * half, search_rows=64 if large else 128,
+        search_needles=0 if large else 2 * n, search_texts=0 if large else 2 * half, search_rows=64 if large else 128,
         rounds=2 if large else 6, lengths=(1, 2, 4, 8, 16) if large else (1, 2, 3, 4, 6, 8, 12, 16, 24),
         singles=6 if large else 12, search_sketches=2 if large else 4, deployed=True, finalists=2 if large else 4,
-        deployed_rounds=0 if large else 2, kinds=NEEDLE_KINDS, starts=1 if large else 2, alone=not large,
+        deployed_rounds=0 if large else 2, kinds=NEEDLE_KINDS, starts=1 if large else 2, prune=0 if large else 8,
     )  # fmt: skip
 
 

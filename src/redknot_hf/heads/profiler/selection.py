@@ -9,7 +9,7 @@ run the model. Everything here works on small matrices; no model is run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -154,28 +154,26 @@ def candidates(
 
 
 def by_order(
-    order: Sequence[int], gates: Tensor, text_rows: Tensor, needle_rows: Tensor, count: int, windows: Sequence[int],
+    orders: Mapping[str, Sequence[int]], text_rows: Tensor, needle_rows: Tensor, count: int, windows: Sequence[int],
     mean_window: int,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Head maps from an order of heads that was measured: the first of it, and the rest after the retrieval gates.
+    """Head maps from orders of heads that were measured, each with windows of its own and with one for all.
 
     Args:
-        order: all heads, the most important first.
-        gates, text_rows, needle_rows, count, windows, mean_window: as in `candidates`.
+        orders: by name, all heads, the most important first.
+        text_rows, needle_rows, count, windows, mean_window: as in `candidates`.
 
     Returns:
         By name, `[heads]` option indices, as `candidates` gives them.
     """
-    balanced = quadratic([(text_rows, 1.0), (needle_rows, 1.0)])
     middle = min(range(len(windows)), key=lambda w: abs(windows[w] - mean_window))
-    retrieval = [int(h) for h in gates.argsort(descending=True) if gates[h] >= 0.5]
-    mixed = retrieval + [h for h in order if h not in retrieval]
-    found = {}
-    for name, heads in (("heads alone", list(order)), ("gates and heads alone", mixed)):
+    found: dict[str, Tensor] = {}
+    for name, heads in orders.items():
         chosen = set(heads[:count])
-        found[name] = choose_windows(chosen, balanced, windows, mean_window)
+        model = quadratic([(text_rows, 1.0), (needle_rows, 0.2)])  # these orders are made for text
+        found[name] = choose_windows(chosen, model, windows, mean_window)
         if windows[middle] <= mean_window:
-            one = torch.full((len(gates),), middle)
+            one = torch.full((len(model.linear),), middle)
             one[list(chosen)] = len(windows)
             found[f"{name}, one window"] = one
     return found
