@@ -34,10 +34,12 @@ def plot(report: dict[str, Any], path: Path, fit: dict[str, Any] | None = None) 
         for entry in entries:
             if entry["kind"] == "needle":
                 same = [e for e in entries if e["set"] == entry["set"] and e["schedule"] == "dense"]
-                entry["lost"] = entry["match"] - same[0]["match"]
+                if entry["n"] == same[0]["n"]:  # of fewer prompts the dense model finds another share
+                    entry["lost"] = entry["match"] - same[0]["match"]
         for number, name in enumerate(names):
             for sign, context in zip(SIGNS, contexts, strict=False):
                 found = [e for e in entries if (e["importance"], e["kind"], e["context"]) == (name, kind, context)]
+                found = [entry for entry in found if value in entry]
                 x = [entry["ffn_rows"] for entry in found]
                 y = [max(entry["kl"], FLOOR) if value == "kl" else entry["lost"] for entry in found]
                 label = name.replace("attention_norm", "attention_norm (the paper's)") if sign == SIGNS[0] else None

@@ -70,9 +70,13 @@ def frontier_table(report: dict[str, Any]) -> list[str]:
     for entry in report["quality"]:
         cells[entry["schedule"]][entry["set"]] = entry
     dense = cells.pop("dense")
-    contexts = sorted({int(part.split("-")[1]) for part in dense})
-    head = [f"KL at {context} (n = {dense[f'text-{context}']['n']})" for context in contexts]
-    head += [f"needles at {context} (dense {dense[f'needle-{context}']['match']:.2f})" for context in contexts]
+    parts = sorted(dense, key=lambda part: (not part.startswith("text"), int(part.split("-")[1])))
+    head = [
+        f"KL at {part.split('-')[1]} (n = {dense[part]['n']})"
+        if part.startswith("text")
+        else f"needles at {part.split('-')[1]} (n = {dense[part]['n']}, dense {dense[part]['match']:.2f})"
+        for part in parts
+    ]
     lines = [
         f"| importance, from layer, share kept | FFN rows run | {' | '.join(head)} |",
         "|---" * (2 + len(head)) + "|",
@@ -88,15 +92,16 @@ def frontier_table(report: dict[str, Any]) -> list[str]:
         found = re.fullmatch(r"(\w+) from (\d+)(?: keep ([\d.]+))?", name)
         assert found is not None, name
         label = NAMES.get(found[1], f"`{found[1]}`") + f", {found[2]}" + (f", {found[3]}" if found[3] else "")
-        texts = [row.get(f"text-{context}") for context in contexts]
-        needles = [row.get(f"needle-{context}") for context in contexts]
-        parts = [number(e["kl"], e["kl_stderr"]) if e else "" for e in texts]
-        for entry, context in zip(needles, contexts, strict=True):
-            whole = dense[f"needle-{context}"]["n"]
-            some = "" if entry is None or entry["n"] == whole else f" (n = {entry['n']})"
-            parts.append(f"{entry['match']:.2f}{some}" if entry else "")
-        rows = next(e["ffn_rows"] for e in [*texts, *needles] if e)
-        lines.append(f"| {label} | {rows:.1%} | {' | '.join(parts)} |")
+        found_cells = []
+        for part in parts:
+            entry = row.get(part)
+            if entry is None:
+                found_cells.append("")
+                continue
+            value = f"{entry['match']:.2f}" if "match" in entry else number(entry["kl"], entry["kl_stderr"])
+            found_cells.append(value + ("" if entry["n"] == dense[part]["n"] else f" (n = {entry['n']})"))
+        rows = next(row[part]["ffn_rows"] for part in parts if part in row)
+        lines.append(f"| {label} | {rows:.1%} | {' | '.join(found_cells)} |")
     return lines
 
 
@@ -110,7 +115,7 @@ def put(page: str, name: str, lines: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fit", type=Path, default=RESULTS / "fit.json")
+    parser.add_argument("--fit", type=Path, default=RESULTS.parents[1] / "cpu" / "sparse_ffn_fit.json")
     parser.add_argument("--frontier", type=Path, default=RESULTS / "frontier.json")
     parser.add_argument("--docs", type=Path, default=RESULTS.parents[3] / "docs")
     args = parser.parse_args()
