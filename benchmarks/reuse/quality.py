@@ -54,7 +54,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from redknot_hf import HeadProfile, RedKnotCache, __version__
 from redknot_hf.segments.prompt import SegmentedPrompt
 from redknot_hf.segments.rows import attention_weights
-from redknot_hf.segments.sample_texts import SAMPLE_TEXTS
 from redknot_hf.segments.select import Blend, Boundary, KVDeviation, PromptView, QueryAttention
 from redknot_hf.segments.splice import Observer
 from redknot_hf.segments.stores import SegmentStore
@@ -73,7 +72,6 @@ class Variant:
     alone: bool = False
     relocate: bool = True
     contexts: str = ""  # what captures are the mean over, SOURCE:COUNT[:TOKENS]
-    spread: float = 0.0
     dtype: str | None = None  # None: that of the command line
     ratios: tuple[float, ...] | None = None  # None: those of the command line
 
@@ -157,10 +155,9 @@ def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]
     found = []
     for name in args.variants:
         rest, _, contexts = name.partition(" @")
-        rest, _, spread = rest.partition("~")
         if rest not in by_name:
             sys.exit(f"--variants: {rest} unknown; there are {', '.join(by_name)}")
-        found.append(replace(by_name[rest], name=name, contexts=contexts, spread=float(spread or 0)))
+        found.append(replace(by_name[rest], name=name, contexts=contexts))
     return found + [v for v in known if v.name.startswith("blend ") and v.name not in args.variants]
 
 
@@ -168,8 +165,8 @@ def contexts_of(spec: str, args: argparse.Namespace, tokenizer: Any, half: int) 
     """Sample texts that segments are captured behind, 300 tokens of each unless said otherwise.
 
     Args:
-        spec: ``corpus:N[:T]``, paragraphs of N other questions of the sample, ``text:N[:T]``, N passages of
-            --context-text, or ``sample:N[:T]``, the texts that come with the package; at most T tokens of each.
+        spec: ``corpus:N[:T]``, paragraphs of N other questions of the sample, or ``text:N[:T]``, N passages of
+            --context-text; at most T tokens of each.
         half: 0 or 1: samples for the prompts of the first half of the questions come from the second, and the other way
             round, so that no prompt is built from what its segments were captured behind.
     """
@@ -178,14 +175,12 @@ def contexts_of(spec: str, args: argparse.Namespace, tokenizer: Any, half: int) 
         prompts = load_prompts(args.data, QUESTIONS, args.seed, args.documents, args.task)
         others = prompts[: QUESTIONS // 2] if half else prompts[QUESTIONS // 2 :]
         texts = ["".join(p["documents"]) for p in others[:: max(1, len(others) // int(count))]][: int(count)]
-    elif source == "sample":
-        texts = list(SAMPLE_TEXTS[: int(count)])
     elif source == "text" and args.context_text:
         with gzip.open(args.context_text, "rt") as file:
             whole = file.read(int(count) * 6000)
         texts = [whole[i : i + 6000] for i in range(0, len(whole), 6000)]
     else:
-        sys.exit(f"contexts {spec}: expected corpus:N, sample:N, or text:N together with --context-text")
+        sys.exit(f"contexts {spec}: expected corpus:N, or text:N together with --context-text")
     most = int(tokens[0]) if tokens else 300
     return [tokenizer(text, add_special_tokens=False)["input_ids"][:most] for text in texts]
 
@@ -432,9 +427,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--variants",
         nargs="+",
-        metavar="NAME[~D][ @SOURCE:N[:T]]",
-        help="only these; ~D: spread over D tokens; @SOURCE:N[:T]: captures are means over N contexts of T tokens, from "
-        "corpus, text or sample",
+        metavar="NAME[ @SOURCE:N[:T]]",
+        help="only these; @SOURCE:N[:T]: captures are means over N contexts of T tokens, from corpus or text",
     )
     parser.add_argument(
         "--blend", nargs="+", metavar="B:L:A:D[:S]", help="more: boundary:layer:attention:deviation:share"
@@ -498,9 +492,7 @@ def main() -> None:
             def build(variant: Variant, ratio: float, prompt: Any = prompt, query: str = query) -> Any:
                 maker = makers(variant, prompt)
                 ids = maker.add_many(prompt["documents"])
-                return maker.build(
-                    ids, query, ratio, variant.selector, spread=variant.spread, relocate=variant.relocate
-                )
+                return maker.build(ids, query, ratio, variant.selector, relocate=variant.relocate)
 
             first = build(Variant("first"), 0.0)
             full = reference(model, first["input_ids"], gold, args.max_new_tokens, stop)

@@ -43,8 +43,7 @@ from .placing import Loader, Place
 from .rope import Relocator
 from .rows import RowSet
 from .select import Choice, PromptView, Selector, choose, selector_of
-from .splice import Layout, Observer, SpliceCache, forward_rows, narrow_rows
-from .spread import Spread
+from .splice import Layout, SpliceCache, forward_rows, narrow_rows
 from .stores import SegmentStore
 from .transfer import Upload
 
@@ -52,7 +51,6 @@ __all__ = ["DEFAULT_RATIO", "DEFAULT_SELECTOR", "SegmentedPrompt", "SplicedBatch
 
 DEFAULT_RATIO = 0.15
 DEFAULT_SELECTOR = "blend"
-DEFAULT_SPREAD = 0.0
 Tokens = str | Sequence[int] | torch.Tensor
 
 
@@ -91,7 +89,6 @@ _Built = TypeVar("_Built", SplicedPrompt, SplicedBatch)
 class _Options(NamedTuple):
     recompute: float | Sequence[float]
     selector: str | Selector
-    spread: float
     relocate: bool
 
 
@@ -322,7 +319,6 @@ class SegmentedPrompt:
         recompute: float | Sequence[float] = DEFAULT_RATIO,
         selector: str | Selector = DEFAULT_SELECTOR,
         *,
-        spread: float = DEFAULT_SPREAD,
         relocate: bool = True,
     ) -> SplicedPrompt:
         """Put a prompt together.
@@ -334,8 +330,6 @@ class SegmentedPrompt:
                 At 1 the result equals a full prefill.
             selector: "boundary", "kv_deviation", "query_attention", "blend", an object from `select`, or a callable
                 that takes a `PromptView`.
-            spread: rows that are not computed take over what recomputation changed at rows of their segment, most from
-                those within this many tokens (see `redknot_hf.segments.spread`). 0 leaves them as they were stored.
             relocate: False keeps the keys rotated for where they were computed. Wrong; measured as a baseline.
 
         Returns:
@@ -344,7 +338,7 @@ class SegmentedPrompt:
         Raises:
             RedKnotError: an unknown segment id, a ratio out of range, an empty prompt.
         """
-        options = _Options(recompute, selector, spread, relocate)
+        options = _Options(recompute, selector, relocate)
         clock = Clock(self.device)
 
         def once(checks: Checks, missed: set[str]) -> SplicedPrompt:
@@ -365,7 +359,6 @@ class SegmentedPrompt:
         recompute: float | Sequence[float] = DEFAULT_RATIO,
         selector: str | Selector = DEFAULT_SELECTOR,
         *,
-        spread: float = DEFAULT_SPREAD,
         relocate: bool = True,
     ) -> SplicedBatch:
         """Put several prompts together, for one call of ``generate``.
@@ -390,7 +383,7 @@ class SegmentedPrompt:
             )
         if any(isinstance(mine, (str, torch.Tensor)) for mine in segments):
             raise RedKnotError("build_many: segments: expected a list of segments for each prompt")
-        options = _Options(recompute, selector, spread, relocate)
+        options = _Options(recompute, selector, relocate)
         clocks = [Clock(self.device) for _ in segments]
 
         def once(checks: Checks, missed: set[str]) -> SplicedBatch:
@@ -434,7 +427,7 @@ class SegmentedPrompt:
         in_place: bool,
     ) -> _Spliced:
         """Everything of a build up to the last forward. ``in_place``: the result is in the target's pages already."""
-        recompute, selector, spread, relocate = options
+        recompute, selector, relocate = options
         head = [self._key(self.header, ())] if self.header else []
         resolved = [self._resolve(segment) for segment in segments]
         keys = [*head, *resolved[:1], *map(self._elsewhere, resolved[1:])]
@@ -445,8 +438,6 @@ class SegmentedPrompt:
         if not length:
             raise RedKnotError("the prompt is empty: give segments, a query or a header")
         ratios = self._ratios(recompute)
-        if not (isinstance(spread, (int, float)) and spread >= 0):
-            raise RedKnotError(f"spread={shorten(spread)}: expected a number of tokens, 0 for none")
 
         row = ids[None].to(self.device)  # a small copy that would wait behind the gigabytes of an upload
         found = self._fetch(keys, checks)
@@ -481,8 +472,7 @@ class SegmentedPrompt:
             cache.partial_heads = list(chosen.heads)
         clock.mark("select")
 
-        stale = [(place.start, place.stop) for place, right in zip(places, exact, strict=True) if not right]
-        self._recompute(view, chosen, ratios, Spread(stale, self.relocator, spread) if spread else None)
+        self._recompute(view, chosen, ratios)
         loader.finish()
         clock.mark("recompute")
 
@@ -550,7 +540,7 @@ class SegmentedPrompt:
         if dense:
             view.run_early_layers(dense[-1])
 
-    def _recompute(self, view: PromptView, chosen: Choice, ratios: list[float], observer: Observer | None) -> None:
+    def _recompute(self, view: PromptView, chosen: Choice, ratios: list[float]) -> None:
         """The one forward: chosen rows and query."""
         end = view.length - 1
         query = view.query[view.query < end]
@@ -570,9 +560,9 @@ class SegmentedPrompt:
                     raise RedKnotError("recompute: a schedule that falls to 0 needs a query of at least two tokens")
         if at:
             with narrow_rows(self.model, view.cache, at):
-                forward_rows(self.model, view.cache, ids, rows, observer)
+                forward_rows(self.model, view.cache, ids, rows)
         else:
-            forward_rows(self.model, view.cache, ids, rows, observer)
+            forward_rows(self.model, view.cache, ids, rows)
 
     def _account(
         self,
