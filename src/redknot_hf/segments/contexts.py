@@ -20,7 +20,7 @@ import torch
 from ..cache import RedKnotCache
 from .capture import batches, capture
 from .codec import SegmentEntry
-from .entry import SegmentRows, pack
+from .entry import SegmentRows
 from .rope import Relocator
 
 __all__ = ["capture_mean"]
@@ -48,31 +48,46 @@ def capture_mean(
         (index of the document, its entry), as `capture` does. Sums are kept in fp32 and rounded once.
     """
     for batch in batches([len(document) for document in documents], batch_tokens):
-        sums: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        sums: dict[int, dict[str, torch.Tensor]] = {}
         for context in contexts:
             mine = [documents[i] for i in batch]
             for j, entry in capture(model, make_target, context, mine, batch_tokens):
-                rows = SegmentRows(entry.tensors, entry.extra["groups"], entry.start, "", 0)
-                keys = [
-                    _moved(relocator, rows.key(layer), layer, rows.start, start) for layer in range(len(rows.where))
-                ]
-                values = [rows.value(layer).float() for layer in range(len(rows.where))]
-                if batch[j] not in sums:
-                    sums[batch[j]] = (keys, values)
-                    continue
-                for total, new in zip(sums[batch[j]], (keys, values), strict=True):
-                    for t, x in zip(total, new, strict=True):
-                        t += x
-        dtype = next(iter(entry.tensors.values())).dtype
-        for i, (keys, values) in sums.items():
-            mean_k, mean_v = ([(x / len(contexts)).to(dtype) for x in part] for part in (keys, values))
-            yield i, pack(mean_k, mean_v, start)
+                here = _at(relocator, entry, start)
+                if batch[j] in sums:
+                    for name, sum_so_far in sums[batch[j]].items():
+                        sum_so_far += here[name]
+                else:
+                    sums[batch[j]], extra = here, entry.extra
+        dtypes = {name: tensor.dtype for name, tensor in entry.tensors.items()}
+        for i, total in sums.items():
+            tensors = {name: (x / len(contexts)).to(dtypes[name]) for name, x in total.items()}
+            yield i, SegmentEntry(tensors, num_tokens=len(documents[i]), start=start, extra=extra)
+
+
+def _at(relocator: Relocator, entry: SegmentEntry, start: int) -> dict[str, torch.Tensor]:
+    """The tensors of an entry in fp32, its keys rotated for positions from ``start`` on.
+
+    Layers that rotate alike are moved together: a few launches for each document instead of a few for each layer.
+    """
+    result = {name: tensor.float() for name, tensor in entry.tensors.items()}
+    groups = entry.extra["groups"]
+    for group in set(groups):
+        name, layers = f"k.{group}", [layer for layer, mine in enumerate(groups) if mine == group]
+        kinds = {relocator.groups[layer] for layer in layers}
+        if len(kinds) == 1 and not set(layers) & (set(relocator._own) | set(relocator.nope_layers)):
+            result[name] = _moved(relocator, result[name], layers[0], entry.start, start)
+        else:
+            moved = [
+                _moved(relocator, result[name][index][None], layer, entry.start, start)
+                for index, layer in enumerate(layers)
+            ]
+            result[name] = torch.cat(moved)
+    return result
 
 
 def _moved(relocator: Relocator, k: torch.Tensor, layer: int, source: int, target: int) -> torch.Tensor:
-    """Keys ``[heads, n, dim]`` of positions from ``source`` on as fp32 keys of positions from ``target`` on."""
-    k = k.float()
+    """fp32 keys ``[layers, heads, n, dim]`` of positions from ``source`` on as of positions from ``target`` on."""
     if source == target or layer in relocator.nope_layers:
         return k
-    at = source + torch.arange(k.shape[1], device=k.device)
-    return relocator.relocate(k[None], torch.full_like(at, target - source), layer, source=at)[0]
+    at = source + torch.arange(k.shape[2], device=k.device)
+    return relocator.relocate(k, torch.full_like(at, target - source), layer, source=at)
