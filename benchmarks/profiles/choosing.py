@@ -29,9 +29,6 @@ from redknot_hf.heads.profiler.tasks import collate
 from redknot_hf.heads.profiler.validation import Prompts, full_reference
 from redknot_hf.heads.profiler.visibility import HeadMap
 
-WINDOWS = (32, 64, 128, 256, 512, 1024)
-"""Window sizes that ours may give a local head; the mean is that of all other rules."""
-
 
 def read_texts(folder: Path, part: str) -> list[str]:
     """ "valid": WikiText-2's validation set. "test": its test set and 87 Wikipedia articles, shuffled."""
@@ -77,7 +74,7 @@ def calibrate(model: Any, tokenizer: Any, layout: Any, args: argparse.Namespace,
         tokenizer, source, "profile", load.needles, load.texts, context, load.rows, 0, load.together, load.kinds
     )
     measured = measure_heads(
-        model, layout, needles, texts, load, sink=rules.SINK, windows=WINDOWS,
+        model, layout, needles, texts, load, sink=rules.SINK, windows=load.windows,
         gate_window=rules.WINDOW, gate_steps=steps, gate_weight=5.0, seed=0, checkpoint=Checkpoint(None, ""),
         progress=log,
     )  # fmt: skip
@@ -106,7 +103,7 @@ def choose_ours(
             if log.seconds > args.max_seconds:
                 return
             search = remembering(known, search_on(
-                model, layout, calibration.prompts, windows=WINDOWS, sink=rules.SINK,
+                model, layout, calibration.prompts, windows=load.windows, sink=rules.SINK,
                 objective=objective or Objective(), sketches=load.search_sketches, seed=0, mode=mode,
                 rounds=load.rounds, lengths=load.lengths, singles=load.singles, finalists=load.finalists,
                 deployed_rounds=load.deployed_rounds, starts=load.starts, prune=load.prune,

@@ -37,7 +37,7 @@ def profile_heads(
     tolerance: float | Mapping[str, float] | None = None,
     method: str = "joint",
     sink: int = 4,
-    windows: Sequence[int] = (32, 64, 128, 256, 512, 1024),
+    windows: Sequence[int] | None = None,
     mean_window: int = 256,
     prefill: str = "windowed",
     context: int = 2048,
@@ -64,7 +64,8 @@ def profile_heads(
             does, all heads stay global and a warning says so.
         method: one of `METHODS`.
         sink: first tokens every local head keeps. 4 because position 0 is the sink of every model measured.
-        windows: sizes a local head may get, tokens, increasing.
+        windows: sizes a local head may get, tokens, increasing; None for 64, 128, ... 1024, and 32 too where one more
+            takes little time (below 1B parameters on a GPU).
         mean_window: average window of local heads, tokens: fixes the bytes, whatever windows are chosen.
         prefill: the mode of the cache that will be used: "windowed" applies windows during prefill, "full" evicts after
             it. Validated in this mode. On a GPU the last few maps are also compared in it, and up to 1B parameters the
@@ -91,7 +92,7 @@ def profile_heads(
         )
     bounds = read_tolerance(tolerance)
     budget = 0.25 if budget is None and bounds is None else budget
-    windows = _check(budget, method, sink, windows, mean_window, prefill, context, gate_steps, samples)
+    _check(budget, method, sink, windows, mean_window, prefill, context, gate_steps, samples)
     if bounds is not None and not validate:
         raise RedKnotError("tolerance needs the validation; pass validate=True or a budget")
     texts = None if texts is None else [text for text in texts if text.strip()]
@@ -105,6 +106,7 @@ def profile_heads(
     build_part = partial(build_prompts, tokenizer, texts, context=context, seed=seed, kinds=load.kinds)
     needles, plain = build_part("profile", load.needles, load.texts, rows=load.rows, together=load.together)
     held = build_part("validation", load.held_needles, load.held_texts, rows=load.rows, together=load.together)
+    windows = load.windows if windows is None else tuple(windows)
     gate_window = min(windows, key=lambda w: abs(w - mean_window))
     steps = 0 if method == "error" else gate_steps
     arguments = {
@@ -191,10 +193,10 @@ def _save_search(state: Checkpoint, key: str, found: tuple[Tensor, list[dict[str
 
 
 def _check(
-    budget: Any, method: Any, sink: Any, windows: Sequence[int], mean_window: int, prefill: Any, context: Any,
+    budget: Any, method: Any, sink: Any, windows: Sequence[int] | None, mean_window: int, prefill: Any, context: Any,
     gate_steps: Any, samples: Any,
-) -> tuple[int, ...]:  # fmt: skip
-    """Refuse arguments out of range; the windows as a tuple."""
+) -> None:  # fmt: skip
+    """Refuse arguments out of range."""
     if budget is not None and (
         isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= 1
     ):
@@ -203,7 +205,7 @@ def _check(
         raise RedKnotError(f"method is {shorten(method)}; expected one of {', '.join(map(repr, METHODS))}")
     if prefill not in PREFILL_MODES:
         raise RedKnotError(f"prefill is {shorten(prefill)}; expected one of {', '.join(map(repr, PREFILL_MODES))}")
-    sizes = tuple(windows)
+    sizes = (64,) if windows is None else tuple(windows)  # the smallest default
     if not sizes or any(not isinstance(w, int) or w < 1 for w in sizes) or list(sizes) != sorted(set(sizes)):
         raise RedKnotError(f"windows is {shorten(list(sizes))}; expected increasing positive token counts")
     if not sizes[0] <= mean_window:
@@ -217,7 +219,6 @@ def _check(
         raise RedKnotError(f"samples is {shorten(samples)}; expected a positive integer or None")
     if method != "error" and gate_steps == 0:
         raise RedKnotError("gate_steps is 0, but the method needs gates; pass gate_steps >= 1 or method='error'")
-    return sizes
 
 
 class _bar:

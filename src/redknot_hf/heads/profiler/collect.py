@@ -46,6 +46,7 @@ class Workload:
         finalists, deployed_rounds: of the search, then (`refine.search_on`).
         kinds: of the retrieval prompts.
         starts, prune: of the search (`refine.search_on`).
+        windows: sizes a local head may get.
     """
 
     needles: int
@@ -71,6 +72,7 @@ class Workload:
     kinds: tuple[str, ...]
     starts: int = 1
     prune: int = 0
+    windows: tuple[int, ...] = (64, 128, 256, 512, 1024)
 
 
 _LARGE = 10**9
@@ -106,6 +108,7 @@ def workload(device: torch.device, context: int, samples: int | None, parameters
         rounds=2 if large else 6, lengths=(1, 2, 4, 8, 16) if large else (1, 2, 3, 4, 6, 8, 12, 16, 24),
         singles=6 if large else 12, search_sketches=2 if large else 4, deployed=True, finalists=2 if large else 4,
         deployed_rounds=0 if large else 2, kinds=NEEDLE_KINDS, starts=1 if large else 2, prune=0 if large else 8,
+        windows=(64, 128, 256, 512, 1024) if large else (32, 64, 128, 256, 512, 1024),
     )  # fmt: skip
 
 
