@@ -29,6 +29,9 @@ from redknot_hf.heads.profiler.tasks import collate
 from redknot_hf.heads.profiler.validation import Prompts, full_reference
 from redknot_hf.heads.profiler.visibility import HeadMap
 
+WINDOWS = (64, 128, 256, 512, 1024)
+"""Window sizes that ours may give a local head; the mean is that of all other rules."""
+
 
 def read_texts(folder: Path, part: str) -> list[str]:
     """ "valid": WikiText-2's validation set. "test": its test set and 87 Wikipedia articles, shuffled."""
@@ -74,7 +77,7 @@ def calibrate(model: Any, tokenizer: Any, layout: Any, args: argparse.Namespace,
         tokenizer, source, "profile", load.needles, load.texts, context, load.rows, 0, load.together, load.kinds
     )
     measured = measure_heads(
-        model, layout, needles, texts, load, sink=rules.SINK, windows=load.windows,
+        model, layout, needles, texts, load, sink=rules.SINK, windows=WINDOWS,
         gate_window=rules.WINDOW, gate_steps=steps, gate_weight=5.0, seed=0, checkpoint=Checkpoint(None, ""),
         progress=log,
     )  # fmt: skip
@@ -103,10 +106,10 @@ def choose_ours(
             if log.seconds > args.max_seconds:
                 return
             search = remembering(known, search_on(
-                model, layout, calibration.prompts, windows=load.windows, sink=rules.SINK,
+                model, layout, calibration.prompts, windows=WINDOWS, sink=rules.SINK,
                 objective=objective or Objective(), sketches=load.search_sketches, seed=0, mode=mode,
                 rounds=load.rounds, lengths=load.lengths, singles=load.singles, finalists=load.finalists,
-                deployed_rounds=load.deployed_rounds, starts=load.starts, prune=load.prune,
+                deployed_rounds=load.deployed_rounds,
             ))  # fmt: skip
             profile = select_profile(
                 model.config, layout, calibration.measured, budget=budget, mean_window=window, search=search
@@ -165,13 +168,7 @@ def remembering(known: dict[Any, Any], search: Search) -> Search:
             known[key] = search.expand(choice, number)
         return known[key]
 
-    def text_alone(choices: Any) -> list[float]:  # always the same: every head alone
-        if "text alone" not in known:
-            assert search.text_alone is not None
-            known["text alone"] = search.text_alone(choices)
-        return known["text alone"]
-
-    return dataclasses.replace(search, cost=cost, expand=expand, text_alone=search.text_alone and text_alone)
+    return dataclasses.replace(search, cost=cost, expand=expand)
 
 
 def given(path: Path, window: int, mode: str) -> dict[str, Any]:

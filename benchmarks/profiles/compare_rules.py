@@ -52,8 +52,8 @@ KINDS = ("passkey", "number", "lookup")
 FIRST = ("all global", "all local", "ours")
 VARIANTS: dict[str, Objective] = {}
 """Ours with other weights, by the name of the row."""
-MAIN = ("gates", "ablation", "ablation (text)", "attention mass", "random 1", "retrieval score", "output error (text)")
-"""Rules that are evaluated before the others where time may end, in this order."""
+MAIN = ("gates", "ablation", "ablation (text)", "retrieval score", "output error (text)", "attention mass", "random 1")
+"""Rules that are evaluated before the others where time may end."""
 
 
 class Log:
@@ -170,22 +170,20 @@ class Comparison:
                     [e for e in part if not e["rule"].startswith("ours")]
                     for part in (self.maps, self.results, self.rows)
                 )
-            names = {e["profile"] for e in self.maps if e["profile"]}
-            for name in sorted(name for name in names if (args.resume / name).exists()):
+            for name in {e["profile"] for e in self.maps if e["profile"]}:
                 (args.out / name).write_bytes((args.resume / name).read_bytes())
 
     def run(self) -> None:
         """The most telling first: all rules at the first window with eviction after the prefill, ours in the other mode,
         then the other windows, then what is left."""
         for rank in range(6):
+            if rank == 2:
+                self.need_variants()
             for window in self.args.windows[:1] if rank < 2 else self.args.windows:
                 self.need_maps(window)
             wanted = [e for e in self.maps if self.rank(e) == rank]
-            wanted.sort(key=lambda e: MAIN.index(e["rule"]) if e["rule"] in MAIN else len(MAIN))
             for mode in dict.fromkeys(e["mode"] for e in wanted):
                 self.evaluate([e for e in wanted if e["mode"] == mode], mode)
-        self.need_variants()
-        write(self.args.out, self.environment, self.results, self.rows)
         finish_profiles(self.args, self.environment, self.results)
         paired.write(self.rows, self.args.out / "paired.csv")
         try:
@@ -342,8 +340,8 @@ def finish_profiles(args: argparse.Namespace, environment: dict[str, Any], resul
         f"needle_{length}": name for length, name in zip(args.contexts, ("needle_short", "needle_long"), strict=True)
     }
     for result in results:
-        if result["profile"] is None or not (args.out / result["profile"]).exists():
-            continue  # another rule's, or an earlier run's whose files were not kept
+        if result["profile"] is None:
+            continue
         profile = HeadProfile.load(args.out / result["profile"])
         figures = {name: rounded(result[key]) for name, key in keys.items()}
         figures["kv_bytes_fraction"] = round(result["kv_fraction_short"], 4)

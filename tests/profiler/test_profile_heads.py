@@ -203,7 +203,7 @@ def test_the_work_of_a_gpu_batches_and_prompts_of_the_search(planted_model, byte
     load = Workload(
         needles=4, texts=2, held_needles=4, held_texts=2, rows=64, text_sketches=4, needle_sketches=2, gate_steps=12,
         batch=2, search_needles=6, search_texts=2, search_rows=48, rounds=3, lengths=(1, 2, 4), singles=4, search_sketches=2,
-        deployed=True, together=1, finalists=3, deployed_rounds=1, kinds=NEEDLE_KINDS, starts=2, prune=2,
+        deployed=True, together=1, finalists=3, deployed_rounds=1, kinds=NEEDLE_KINDS,
     )  # fmt: skip
     monkeypatch.setattr("redknot_hf.heads.profiler.api.workload", lambda *_: load)
     seen = []
@@ -218,13 +218,7 @@ def test_the_work_of_a_gpu_batches_and_prompts_of_the_search(planted_model, byte
     assert seen == [(4, prefill_mode)]  # three batches of needles, one of texts
     selection = profile.metadata["selection"]
     costs = [one["cost"] for one in selection["search"]]
-    assert costs == sorted(costs, reverse=True) and costs[0] == selection["measured"][selection["started_from"]]
-    assert (
-        len(selection["starts"]) == 2
-        and min(selection["measured"], key=selection["measured"].get) in selection["starts"]
-    )
-    assert min(selection["starts"], key=selection["starts"].get) == selection["started_from"]
-    assert {"pruned", "gates for 33% and text"} <= set(selection["measured"])
+    assert costs == sorted(costs, reverse=True) and costs[0] == min(selection["measured"].values())
     assert ("deployed" in selection) == ("deployed_search" in selection) == (prefill_mode == "windowed")
     if prefill_mode == "windowed":
         paid = selection["deployed"]

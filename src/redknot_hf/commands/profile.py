@@ -41,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--windows",
         type=int,
         nargs="+",
+        default=[64, 128, 256, 512, 1024],
         metavar="W",
-        help="window sizes to choose from, tokens (default: 64 128 256 512 1024, and 32 for small models on a GPU)",
+        help="window sizes to choose from, tokens (default: 64 128 256 512 1024)",
     )
     parser.add_argument(
         "--mean-window", type=int, default=256, help="average window of local heads, tokens (default %(default)s)"
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         tolerance = {"text_kl": args.tolerance, "accuracy_drop": args.max_accuracy_drop}
     profile = profile_heads(
         model, tokenizer, texts, budget=args.budget, tolerance=tolerance, method=args.method, sink=args.sink,
-        windows=args.windows, mean_window=args.mean_window, prefill=args.prefill, context=args.context,
+        windows=tuple(args.windows), mean_window=args.mean_window, prefill=args.prefill, context=args.context,
         seed=args.seed, gate_steps=args.gate_steps, samples=args.samples, validate=not args.no_validate,
         progress=not args.no_progress, checkpoint=args.checkpoint,
     )  # fmt: skip

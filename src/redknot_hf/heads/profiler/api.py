@@ -20,7 +20,7 @@ from .choose import METHODS, select_profile
 from .collect import batches, build_prompts, fingerprint, frozen, measure_heads, workload
 from .intercept import decoder_layout
 from .objective import Objective
-from .refine import FIRST_ROUNDS, search_on
+from .refine import search_on
 from .tasks import collate
 from .tolerance import read_tolerance, search_budget
 from .validation import PREFILL_MODES, Prompts, full_reference, validate_profile
@@ -37,7 +37,7 @@ def profile_heads(
     tolerance: float | Mapping[str, float] | None = None,
     method: str = "joint",
     sink: int = 4,
-    windows: Sequence[int] | None = None,
+    windows: Sequence[int] = (64, 128, 256, 512, 1024),
     mean_window: int = 256,
     prefill: str = "windowed",
     context: int = 2048,
@@ -64,8 +64,7 @@ def profile_heads(
             does, all heads stay global and a warning says so.
         method: one of `METHODS`.
         sink: first tokens every local head keeps. 4 because position 0 is the sink of every model measured.
-        windows: sizes a local head may get, tokens, increasing; None for 64, 128, ... 1024, and 32 too where one more
-            takes little time (below 1B parameters on a GPU).
+        windows: sizes a local head may get, tokens, increasing.
         mean_window: average window of local heads, tokens: fixes the bytes, whatever windows are chosen.
         prefill: the mode of the cache that will be used: "windowed" applies windows during prefill, "full" evicts after
             it. Validated in this mode. On a GPU the last few maps are also compared in it, and up to 1B parameters the
@@ -92,7 +91,7 @@ def profile_heads(
         )
     bounds = read_tolerance(tolerance)
     budget = 0.25 if budget is None and bounds is None else budget
-    _check(budget, method, sink, windows, mean_window, prefill, context, gate_steps, samples)
+    windows = _check(budget, method, sink, windows, mean_window, prefill, context, gate_steps, samples)
     if bounds is not None and not validate:
         raise RedKnotError("tolerance needs the validation; pass validate=True or a budget")
     texts = None if texts is None else [text for text in texts if text.strip()]
@@ -106,7 +105,6 @@ def profile_heads(
     build_part = partial(build_prompts, tokenizer, texts, context=context, seed=seed, kinds=load.kinds)
     needles, plain = build_part("profile", load.needles, load.texts, rows=load.rows, together=load.together)
     held = build_part("validation", load.held_needles, load.held_texts, rows=load.rows, together=load.together)
-    windows = load.windows if windows is None else tuple(windows)
     gate_window = min(windows, key=lambda w: abs(w - mean_window))
     steps = 0 if method == "error" else gate_steps
     arguments = {
@@ -119,7 +117,7 @@ def profile_heads(
     batched = [*batches(needles, load.batch), *batches(plain, load.batch)]
     units = sum(1 + (load.text_sketches if b[0].kind == "text" else load.needle_sketches) for b in batched) + steps
     held_batches = [*batches(held[0], load.batch), *batches(held[1], load.batch)] if validate else []
-    rounds = load.rounds + FIRST_ROUNDS * (load.starts - 1) if method == "joint" and budget is not None else 0
+    rounds = load.rounds if method == "joint" and budget is not None else 0
     with frozen(model), _bar(units + rounds + 2 * len(held_batches), progress) as bar:
         measured = measure_heads(
             model, layout, needles, plain, load, sink=sink, windows=windows, gate_window=gate_window,
@@ -135,8 +133,7 @@ def profile_heads(
         search = search_on(
             model, layout, prompts, windows=windows, sink=sink, objective=Objective(), sketches=load.search_sketches,
             seed=seed, mode=prefill if load.deployed else "full", rounds=load.rounds, lengths=load.lengths, singles=load.singles,
-            finalists=load.finalists, deployed_rounds=load.deployed_rounds,
-            starts=load.starts, prune=load.prune, step=lambda: bar.update(1),
+            finalists=load.finalists, deployed_rounds=load.deployed_rounds, step=lambda: bar.update(1),
         )  # fmt: skip
         search = replace(search, load=partial(_load_search, state), save=partial(_save_search, state))
         bar.set_description("full cache on held-out prompts")
@@ -193,10 +190,10 @@ def _save_search(state: Checkpoint, key: str, found: tuple[Tensor, list[dict[str
 
 
 def _check(
-    budget: Any, method: Any, sink: Any, windows: Sequence[int] | None, mean_window: int, prefill: Any, context: Any,
+    budget: Any, method: Any, sink: Any, windows: Sequence[int], mean_window: int, prefill: Any, context: Any,
     gate_steps: Any, samples: Any,
-) -> None:  # fmt: skip
-    """Refuse arguments out of range."""
+) -> tuple[int, ...]:  # fmt: skip
+    """Refuse arguments out of range; the windows as a tuple."""
     if budget is not None and (
         isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= 1
     ):
@@ -205,7 +202,7 @@ def _check(
         raise RedKnotError(f"method is {shorten(method)}; expected one of {', '.join(map(repr, METHODS))}")
     if prefill not in PREFILL_MODES:
         raise RedKnotError(f"prefill is {shorten(prefill)}; expected one of {', '.join(map(repr, PREFILL_MODES))}")
-    sizes = (64,) if windows is None else tuple(windows)  # the smallest default
+    sizes = tuple(windows)
     if not sizes or any(not isinstance(w, int) or w < 1 for w in sizes) or list(sizes) != sorted(set(sizes)):
         raise RedKnotError(f"windows is {shorten(list(sizes))}; expected increasing positive token counts")
     if not sizes[0] <= mean_window:
@@ -219,6 +216,7 @@ def _check(
         raise RedKnotError(f"samples is {shorten(samples)}; expected a positive integer or None")
     if method != "error" and gate_steps == 0:
         raise RedKnotError("gate_steps is 0, but the method needs gates; pass gate_steps >= 1 or method='error'")
+    return sizes
 
 
 class _bar:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from ..model_shape import describe_config
 from ..profile import HeadProfile
 from .collect import Measured
 from .intercept import DecoderLayout
-from .refine import Search, pruned, refine, refine_best
-from .selection import by_order, candidates, head_count, quadratic
+from .refine import Search, refine
+from .selection import candidates, head_count, quadratic
 from .validation import rounded
 
 __all__ = ["METHODS", "select_profile"]
@@ -81,16 +80,6 @@ def select_profile(
     note: dict[str, Any] = {}
     sink = measured.scores.sink
     if search is not None and method != "gates" and 0 < count < len(cells):
-        orders: dict[str, list[int]] = {}
-        if search.prune:
-            orders["pruned"] = pruned(search, len(cells), count, middle)
-        if search.text_alone is not None:
-            alone = _alone(search.text_alone, len(cells), len(windows), middle)
-            opened = [int(h) for h in gates.argsort(descending=True, stable=True) if gates[h] > 0.01]
-            for share in (0.33, 0.5, 0.67):
-                first = opened[: round(share * count)]
-                orders[f"gates for {share:.0%} and text"] = first + [h for h in alone if h not in first]
-        found |= by_order(orders, text, needle, count, windows, mean_window)
         names = list(found)
         options = list(found.values())
         costs = list(search.cost(options))
@@ -101,14 +90,9 @@ def select_profile(
         limit = mean_window * (len(cells) - count)
         finalists = {best: chosen}
         if method == "joint":
-            kinds: dict[str, str] = {}  # the best map of every kind: two of a kind lead to the same place
-            for i in ranked:
-                kinds.setdefault(names[i].split(",")[0], names[i])
-            starts = {name: found[name] for name in list(kinds.values())[: search.starts]}
-            start, (refined, history), trail, reached = refine_best(starts, limit, search, f"{count} global")
-            note.update(started_from=start, search=history)
-            if reached:
-                note["starts"] = reached
+            trail: list[Tensor] = []
+            refined, history = refine(chosen, limit, search, f"{count} global", trail)
+            note.update(started_from=best, search=history)
             best, chosen = "joint search", refined
             last = trail[:-1][::-1][: max(0, search.finalists - 2)]  # fewer rounds fit the mode of the search less
             finalists = {best: refined, **finalists, **{f"joint search, {i + 1} back": m for i, m in enumerate(last)}}
@@ -138,17 +122,6 @@ def select_profile(
         "scores": _scores(measured, layout, middle),
     }  # fmt: skip
     return profile
-
-
-def _alone(cost: Callable[[Sequence[Tensor]], Sequence[float]], heads: int, whole: int, window: int) -> list[int]:
-    """Heads by what it costs when one of them alone has a window, most first; options `window` and `whole`."""
-    maps = []
-    for head in range(heads):
-        choice = torch.full((heads,), whole)
-        choice[head] = window
-        maps.append(choice)
-    costs = list(cost(maps))
-    return sorted(range(heads), key=lambda head: -costs[head])
 
 
 def _scores(measured: Measured, layout: DecoderLayout, middle: int) -> dict[str, list[list[float | None]]]:

@@ -45,8 +45,6 @@ class Workload:
         deployed: measure the last few maps in the mode of the deployment, which may need a prefill for each.
         finalists, deployed_rounds: of the search, then (`refine.search_on`).
         kinds: of the retrieval prompts.
-        starts, prune: of the search (`refine.search_on`).
-        windows: sizes a local head may get.
     """
 
     needles: int
@@ -70,9 +68,6 @@ class Workload:
     finalists: int
     deployed_rounds: int
     kinds: tuple[str, ...]
-    starts: int = 1
-    prune: int = 0
-    windows: tuple[int, ...] = (64, 128, 256, 512, 1024)
 
 
 _LARGE = 10**9
@@ -105,10 +100,9 @@ def workload(device: torch.device, context: int, samples: int | None, parameters
         text_sketches=8 if large else 16, needle_sketches=4 if large else 8, gate_steps=16 if large else 80,
         batch=max(1, min(24, 49_152 // context)),
         search_needles=0 if large else 2 * n, search_texts=0 if large else 2 * half, search_rows=64 if large else 128,
-        rounds=2 if large else 6, lengths=(1, 2, 4, 8, 16) if large else (1, 2, 3, 4, 6, 8, 12, 16, 24),
+        rounds=2 if large else 4, lengths=(1, 2, 4, 8, 16) if large else (1, 2, 3, 4, 6, 8, 12, 16, 24),
         singles=6 if large else 12, search_sketches=2 if large else 4, deployed=True, finalists=2 if large else 4,
-        deployed_rounds=0 if large else 2, kinds=NEEDLE_KINDS, starts=1 if large else 2, prune=0 if large else 8,
-        windows=(64, 128, 256, 512, 1024) if large else (32, 64, 128, 256, 512, 1024),
+        deployed_rounds=0 if large else 2, kinds=NEEDLE_KINDS,
     )  # fmt: skip
 
 

@@ -187,9 +187,9 @@ def linearise(
             logits = run_suffix(model, prompt.cache, batch.suffix, handler)
             picked = logits[batch.target].float()
             log_probs = picked.log_softmax(-1)
-            kl, miss, lost = prompt_terms(log_probs, prompt.log_probs.float(), batch)
+            kl, miss = prompt_terms(log_probs, prompt.log_probs.float(), batch)
             loss = objective.text_kl * kl.sum() if text else (
-                objective.needle_kl * kl.sum() + objective.needle_misses * miss.sum() + objective.needle_losses * lost.sum()
+                objective.needle_kl * kl.sum() + objective.needle_misses * miss.sum()
             )  # fmt: skip
         order = sorted(probes)
         wanted = [probes[layer] for layer in order]

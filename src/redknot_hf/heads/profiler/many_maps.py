@@ -196,21 +196,20 @@ def map_costs(
         rows: suffix rows per forward pass.
 
     Returns:
-        fp64 `[maps, 4]` on the CPU, in the order of `objective.TERMS`: means over prompts; 0 for a kind without any.
+        fp64 `[maps, 3]` on the CPU, in the order of `objective.TERMS`: means over prompts; 0 for a kind without any.
     """
     device = prompts[0].log_probs.device if prompts else None
-    sums = torch.zeros(len(maps), 4, dtype=torch.float64, device=device)  # there: no copy per map
+    sums = torch.zeros(len(maps), 3, dtype=torch.float64, device=device)  # there: no copy per map
     counts = [0, 0]
     for prompt in prompts:
         text = prompt.batch.kinds[0] == "text"
         counts[0 if text else 1] += len(prompt.batch)
         for i, log_probs in _each(model, prompt, maps, mode, rows):
-            kl, miss, loss = prompt_terms(log_probs, prompt.log_probs.float(), prompt.batch)
+            kl, miss = prompt_terms(log_probs, prompt.log_probs.float(), prompt.batch)
             sums[i, 0 if text else 1] += kl.sum()
             if not text:
                 sums[i, 2] += miss.sum()
-                sums[i, 3] += loss.sum()
-    return sums.cpu() / torch.tensor([max(counts[0], 1)] + [max(counts[1], 1)] * 3)
+    return sums.cpu() / torch.tensor([max(counts[0], 1), max(counts[1], 1), max(counts[1], 1)])
 
 
 @torch.no_grad()

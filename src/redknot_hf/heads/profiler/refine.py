@@ -11,8 +11,8 @@ All functions but `search_on` know choices (`[heads]` option indices, the last o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,10 +27,7 @@ from .objective import Objective
 from .validation import Prompts
 from .visibility import windowed_handler
 
-__all__ = ["FIRST_ROUNDS", "Search", "pruned", "refine", "refine_best", "search_on"]
-
-FIRST_ROUNDS = 2
-"""Rounds of every start before the best of them goes on alone."""
+__all__ = ["Search", "refine", "search_on"]
 
 
 def _combined(choice: Tensor, steps: Sequence[Tensor]) -> list[Tensor]:
@@ -68,9 +65,6 @@ class Search:
         rounds: at most.
         lengths: of the walk that are measured: the prediction is good near the start and cheap to overrun.
         singles: moves to measure per round beside the walk.
-        starts: maps that are searched from, of different kinds; after `FIRST_ROUNDS` rounds only the best goes on.
-        text_alone: measures the KL on text of choices, to rank heads by what each costs alone; None for no such starts.
-        prune: heads that become local per expansion on the way from all global to a start (`pruned`); 0 for no such start.
         patience: rounds in a row that may bring nothing.
         step: called after every round.
         load, save: of an interrupted search by its key: the best choice and the history so far.
@@ -85,9 +79,6 @@ class Search:
     rounds: int = 8
     lengths: Sequence[int] = (1, 2, 3, 4, 6, 8, 12, 16, 24)
     singles: int = 24
-    starts: int = 1
-    text_alone: Callable[[Sequence[Tensor]], Sequence[float]] | None = None
-    prune: int = 0
     patience: int = 1
     step: Callable[[], Any] = lambda: None
     more_sinks: Callable[[Tensor, Sequence[int]], Sequence[float]] | None = None
@@ -111,8 +102,6 @@ def search_on(
     singles: int,
     finalists: int = 2,
     deployed_rounds: int = 0,
-    starts: int = 1,
-    prune: int = 0,
     step: Callable[[], Any] = lambda: None,
 ) -> Search:
     """A search that runs a model.
@@ -126,10 +115,9 @@ def search_on(
         sketches: random backward passes per batch and round.
         seed: of the sketches.
         mode: "full" or "windowed", of the deployment.
-        rounds, lengths, singles, finalists, starts, step: as in `Search`.
+        rounds, lengths, singles, finalists, step: as in `Search`.
         deployed_rounds: of the search that goes on in `mode`, if that is not "full": every map then takes a prefill of
             every prompt, so it sees some of them.
-        prune: as in `Search`; 0 for no starts by heads alone either.
     """
     shape = (layout.num_layers, layout.num_kv_heads)
     cells = [(l, h) for l in layout.layers for h in range(layout.num_kv_heads)]
@@ -171,16 +159,12 @@ def search_on(
         found = map_costs(model, used, maps, mode) if going_on else map_costs(model, prompts, maps)
         return objective.total(found).tolist()
 
-    def text_alone(choices: Sequence[Tensor]) -> list[float]:
-        maps = [option_map(choice, shape, cells, windows, sink) for choice in choices]
-        return map_costs(model, kinds[1], maps)[:, 0].tolist()
-
     then = Search(
         windows, expand_deployed, deployed, rounds=deployed_rounds, lengths=(1, 2, 4, 8), singles=6
     )  # fmt: skip
     return Search(
         windows, expand, cost, None if mode == "full" else deployed, finalists, then if going_on else None, rounds,
-        lengths, singles, starts, text_alone if prune else None, prune, 2 if split else 1, step, more_sinks,
+        lengths, singles, 2 if split else 1, step, more_sinks,
     )  # fmt: skip
 
 
@@ -231,70 +215,3 @@ def refine(choice: Tensor, limit: int, search: Search, key: str = "search", trai
         search.save(key, (best, history))
         search.step()
     return best, history
-
-
-def refine_best(
-    starts: Mapping[str, Tensor], limit: int, search: Search, key: str = "search"
-) -> tuple[str, State, list[Tensor], dict[str, float]]:
-    """Search from several maps for a while, then from the one that got furthest.
-
-    Args:
-        starts: maps by name.
-        limit, search, key: as in `refine`.
-
-    Returns:
-        name of the start that won; its best choice and history; its trail; what every start had come to when it was
-        decided.
-    """
-    held: dict[str, State] = {}
-
-    def load(name: str) -> State | None:
-        return held[name] if name in held else search.load(name)
-
-    def save(name: str, state: State) -> None:
-        held[name] = (state[0], list(state[1]))
-        search.save(name, state)
-
-    keys = {name: key if len(starts) == 1 else f"{key}, {name}" for name in starts}
-    trails: dict[str, list[Tensor]] = {name: [] for name in starts}
-    reached: dict[str, float] = {}
-    if len(starts) > 1:
-        short = replace(search, rounds=min(FIRST_ROUNDS, search.rounds), load=load, save=save)
-        for name, choice in starts.items():
-            reached[name] = refine(choice, limit, short, keys[name], trails[name])[1][-1]["cost"]
-    name = min(reached, key=reached.__getitem__) if reached else next(iter(starts))
-    state = refine(starts[name], limit, replace(search, load=load, save=save), keys[name], trails[name])
-    return name, state, trails[name], reached
-
-
-def pruned(search: Search, heads: int, count: int, window: int) -> list[int]:
-    """An order of heads by elimination: from all global, those that the objective misses least become local first.
-
-    What a head is worth depends on which others are gone, so the objective is expanded anew after every `search.prune`
-    heads, around the map that is left.
-
-    Args:
-        search: `expand` and `prune`.
-        heads: in all.
-        count: of them stay global.
-        window: option of a head that has become local.
-
-    Returns:
-        the heads that stay, in no order, then the others, the last to go first.
-    """
-    last = len(search.windows)
-    choice, gone, number = torch.full((heads,), last), list[int](), 0
-    while heads - len(gone) > count:
-        number += 1
-        local = search.expand(choice, number)
-        choice = choice.clone()
-        total = local.total(choice)
-        for _ in range(min(search.prune, heads - len(gone) - count)):
-            price = local.field(choice, total)
-            worth = price[:, window] - price[:, last]
-            worth[choice != last] = torch.inf
-            head = int(worth.argmin())
-            total = local.moved(total, head, last, window)
-            choice[head] = window
-            gone.append(head)
-    return [head for head in range(heads) if head not in gone] + gone[::-1]

@@ -9,7 +9,7 @@ run the model. Everything here works on small matrices; no model is run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from .local_model import LocalModel
 from .moves import exchanges, one_thread
 
-__all__ = ["by_order", "candidates", "choose_windows", "head_count", "quadratic", "rank_heads"]
+__all__ = ["candidates", "choose_windows", "head_count", "quadratic", "rank_heads"]
 
 
 def head_count(budget: float, heads: int) -> int:
@@ -150,30 +150,4 @@ def candidates(
             one = torch.full((len(gates),), middle)
             one[list(chosen)] = len(windows)
             add(f"{name}, one window", one)
-    return found
-
-
-def by_order(
-    orders: Mapping[str, Sequence[int]], text_rows: Tensor, needle_rows: Tensor, count: int, windows: Sequence[int],
-    mean_window: int,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Head maps from orders of heads that were measured, each with windows of its own and with one for all.
-
-    Args:
-        orders: by name, all heads, the most important first.
-        text_rows, needle_rows, count, windows, mean_window: as in `candidates`.
-
-    Returns:
-        By name, `[heads]` option indices, as `candidates` gives them.
-    """
-    middle = min(range(len(windows)), key=lambda w: abs(windows[w] - mean_window))
-    found: dict[str, Tensor] = {}
-    for name, heads in orders.items():
-        chosen = set(heads[:count])
-        model = quadratic([(text_rows, 1.0), (needle_rows, 0.2)])  # these orders are made for text
-        found[name] = choose_windows(chosen, model, windows, mean_window)
-        if windows[middle] <= mean_window:
-            one = torch.full((len(model.linear),), middle)
-            one[list(chosen)] = len(windows)
-            found[f"{name}, one window"] = one
     return found
