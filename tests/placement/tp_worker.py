@@ -332,6 +332,13 @@ def segments(r: Ranks) -> None:
     assert torch.equal(
         text(together, 1.0, "boundary", [second, first])[0], text(alone, 1.0, "boundary", [second, first])[0]
     )
+    # several prompts at once: one selector for all ranks there, too
+    for selector in ("boundary", "kv_deviation"):
+        built = together.build_many([[second, first], [first]], [query, query], 0.2, selector)
+        got = model.generate(**built, **GREEDY)
+        everyone = [torch.empty_like(got) for _ in range(r.size)]
+        distributed.all_gather(everyone, got)
+        assert all(torch.equal(each, got) for each in everyone), selector
     # computed by the ranks, found by one process; and without one rank's heads all of them compute it anew
     got, mine = text(together, 0.2, "boundary", [third])
     assert not mine.segments[-1].hit

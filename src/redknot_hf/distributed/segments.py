@@ -22,7 +22,7 @@ from ..heads import HeadProfile
 from ..heads.order import config_order
 from ..segments.codec import SegmentEntry
 from ..segments.keys import SegmentKey, hash_fields
-from ..segments.prompt import DEFAULT_RATIO, DEFAULT_SELECTOR, DEFAULT_SPREAD, SegmentedPrompt, SplicedPrompt, Tokens
+from ..segments.prompt import DEFAULT_RATIO, DEFAULT_SELECTOR, SegmentedPrompt, SplicedBatch, SplicedPrompt, Tokens
 from ..segments.select import PromptView, Selector, selector_of
 from ..segments.stores import SegmentStore, StoreRecord
 from .ranks import Ranks
@@ -139,12 +139,25 @@ class WorldPrompt(SegmentedPrompt):
         recompute: float | Sequence[float] = DEFAULT_RATIO,
         selector: str | Selector = DEFAULT_SELECTOR,
         *,
-        spread: float = DEFAULT_SPREAD,
         relocate: bool = True,
     ) -> SplicedPrompt:
         """As `SegmentedPrompt.build`; the account is that of this rank's heads."""
-        chosen = selector if self._ranks.size == 1 else _Together(selector_of(selector), self._ranks)
-        return super().build(segments, query, recompute, chosen, spread=spread, relocate=relocate)
+        return super().build(segments, query, recompute, self._together(selector), relocate=relocate)
+
+    def build_many(
+        self,
+        segments: Sequence[Sequence[Tokens]],
+        queries: Sequence[Tokens],
+        recompute: float | Sequence[float] = DEFAULT_RATIO,
+        selector: str | Selector = DEFAULT_SELECTOR,
+        *,
+        relocate: bool = True,
+    ) -> SplicedBatch:
+        """As `SegmentedPrompt.build_many`; the accounts are those of this rank's heads."""
+        return super().build_many(segments, queries, recompute, self._together(selector), relocate=relocate)
+
+    def _together(self, selector: str | Selector) -> str | Selector:
+        return selector if self._ranks.size == 1 else _Together(selector_of(selector), self._ranks)
 
 
 class _Together:
