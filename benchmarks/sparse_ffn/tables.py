@@ -115,7 +115,7 @@ def put(page: str, name: str, lines: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fit", type=Path, default=RESULTS.parents[1] / "cpu" / "sparse_ffn_fit.json")
+    parser.add_argument("--fit", type=Path, default=RESULTS / "fit.json")
     parser.add_argument("--frontier", type=Path, default=RESULTS / "frontier.json")
     parser.add_argument("--docs", type=Path, default=RESULTS.parents[3] / "docs")
     args = parser.parse_args()
