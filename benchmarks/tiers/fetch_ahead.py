@@ -13,7 +13,8 @@ with
     ahead x4     four times as many
     global       for comparison: every token on the device, no cold tier
     DynamicCache, OffloadedCache    of transformers, with sdpa: everything on the device; everything on the host, a layer
-                 fetched while the one before it computes (``DynamicCache(offloading=True)``)
+                 fetched while the one before it computes (``DynamicCache(offloading=True)``). Both once more without
+                 cuDNN's attention, which compiles a plan for every new length and is torch's first choice
 
 Those that read some pages must give the same logits, bit by bit. A step is timed from its call to the end of its work on
 the device; the median of ``--steps`` is reported, after ``--warm`` steps. ``--shape`` gives random weights and random keys:
@@ -63,6 +64,9 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--arms", default="", help="only arms whose name contains one of these, comma separated")
+    parser.add_argument(
+        "--profile", help="file: where the host's time goes in one step of each arm, after the timed ones"
+    )
     parser.add_argument("--out", help="folder; appends to fetch_ahead.jsonl, one line per arm")
     args = parser.parse_args()
     if args.threads:
@@ -92,6 +96,8 @@ def main() -> int:
         "DynamicCache": (None, {}),
         "kept": (retrieval, {**options, "retrieve": pick, "resident_pages": 0}),
         "OffloadedCache": (None, {"offloading": device == "cuda"}),
+        "DynamicCache, cuDNN off": (None, {}),
+        "OffloadedCache, cuDNN off": (None, {"offloading": device == "cuda"}),
         "global": (HeadProfile.all_global(config), {"page_size": args.page_size}),
         "none kept": (retrieval, {**options, "retrieve": pick, "resident_pages": 0}),
         "fetch all": (retrieval, options),
@@ -110,12 +116,18 @@ def main() -> int:
     for arm, (profile, given) in arms.items():
         if (args.arms and not any(word in arm for word in args.arms.split(","))) or (arm == "ahead x4" and not wide):
             continue
+        if device == "cpu" and "cuDNN" in arm:
+            continue
         if time.monotonic() > end:
             break
         gc.collect()
         model.set_attn_implementation("sdpa" if profile is None else "redknot")
         cache: Any = DynamicCache(config=config, **given) if profile is None else RedKnotCache(config, profile, **given)
+        torch.backends.cuda.enable_cudnn_sdp("cuDNN off" not in arm)
         row, logits = measure(model, cache, ids, args, forget=arm == "none kept")
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        if args.profile:
+            profile_step(model, cache, ids, args, arm)
         del cache
         if "retrieve" in given:
             reference = logits if reference is None else reference
@@ -184,6 +196,28 @@ def measure(model: Any, cache: Any, ids: Any, args: argparse.Namespace, forget: 
         row |= {"found_share": round(per_step["found"] / per_step["asked"], 4), "per_step": per_step}
     row |= {"hot_bytes": report.hot, "cold_bytes": report.cold, "resident_bytes": report.resident}
     return row, torch.stack(found)
+
+
+def profile_step(model: Any, cache: Any, ids: Any, args: argparse.Namespace, arm: str) -> None:
+    import cProfile
+    import io
+    import pstats
+
+    import torch
+
+    profile, text = cProfile.Profile(), io.StringIO()
+    position = args.tokens + args.steps + args.warm
+    where = torch.tensor([[position]], device=model.device)
+    with torch.no_grad():
+        for _ in range(2):  # the second one is kept
+            profile = cProfile.Profile()
+            profile.runcall(model, ids[:, -1:], past_key_values=cache, position_ids=where)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            where = where + 1
+    pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(25)
+    with open(args.profile, "a") as file:
+        file.write(f"{arm}\n{text.getvalue()}\n")
 
 
 def _model(args: argparse.Namespace, device: str, dtype: Any) -> tuple[Any, Any, str]:

@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .pages import KEEP_ALL, LayerPages
 from .pool import upload
+from .varying_sdpa import varying_sdpa
 
 BLOCK_ROWS = 1024  # query rows of one masked call: bounds the mask, not the result
 BAND_TOKENS = 16384  # query rows of one banded call: bounds the copies of keys and values
@@ -388,7 +389,7 @@ def _attend(
 ) -> torch.Tensor:
     """``q [batch, heads, group * n, dim]`` over ``k, v``; ``mask`` is True where seen. Rows that see nothing give 0."""
     if spec.plain:
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale)
+        return varying_sdpa(q, k, v, mask, spec.scale)
     aux = None
     if spec.s_aux is not None:
         index = upload(heads, spec.s_aux.device)
