@@ -11,8 +11,8 @@ are written.
 Every line says what each part of a build took. Where a bar is set for a store (--bars), it says whether it is met.
 
 Stores: "memory" (tensors on the compute device), "host" (page-locked host memory), "file" (a local folder; --cold drops
-the files from the page cache before each run), "file-threads" (the same, hashed by threads where a GPU would do it), each
-filled beforehand: what is measured is a hit.
+the files from the page cache before each run), "file-threads" (the same, hashed by threads where a GPU would do it),
+"memory-int8" and "file-int8" (entries kept in int8), each filled beforehand: what is measured is a hit.
 """
 
 from __future__ import annotations
@@ -137,7 +137,10 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.15)
     parser.add_argument("--selectors", nargs="+", default=["boundary", DEFAULT_SELECTOR])
     parser.add_argument(
-        "--stores", nargs="+", default=["memory", "file"], choices=["memory", "host", "file", "file-threads"]
+        "--stores",
+        nargs="+",
+        default=["memory", "file"],
+        choices=["memory", "memory-int8", "host", "file", "file-int8", "file-threads"],
     )
     parser.add_argument("--folder", type=Path, help="for the file store; default: a temporary one")
     parser.add_argument("--verify", choices=["full", "header"], default="full", help="of what files hold")
@@ -194,10 +197,11 @@ def main() -> None:
 
     folder = args.folder or Path(tempfile.mkdtemp(prefix="redknot-ttft-"))
     stores = {
-        "memory": lambda: SegmentStore("memory://", device=device),
+        **dict.fromkeys(("memory", "memory-int8"), lambda: SegmentStore("memory://", device=device)),
         "host": lambda: SegmentStore("memory://", pin_memory=device.startswith("cuda")),
         **dict.fromkeys(
-            ("file", "file-threads"), lambda: SegmentStore(f"file://{folder}", verify=args.verify, fsync=False)
+            ("file", "file-int8", "file-threads"),
+            lambda: SegmentStore(f"file://{folder}", verify=args.verify, fsync=False),
         ),
     }
     actions: dict[str, Callable[[], Any]] = {}
@@ -215,7 +219,8 @@ def main() -> None:
     )
     accounts: dict[str, Any] = {}
     for kind in args.stores:
-        prompt = SegmentedPrompt(model, None, stores[kind](), profile, header=header)
+        kept = "int8" if kind.endswith("-int8") else None
+        prompt = SegmentedPrompt(model, None, stores[kind](), profile, header=header, kv_dtype=kept)
         names = prompt.add_many(documents)
         prompt.build(names, query, 0.0, "boundary")
         for selector in args.selectors:
@@ -241,7 +246,7 @@ def main() -> None:
                 "times_s": [round(t, 5) for t in times[name]],
             }
             line["speedup_over_faster_prefill"] = round(best / seconds, 3)
-            bar = bars.get(name.partition(" ")[0].removesuffix("-threads"))
+            bar = bars.get(name.partition(" ")[0].removesuffix("-threads").removesuffix("-int8"))
             if bar is not None:
                 line["bar"], line["met"] = bar, best / seconds >= bar
             if name in accounts:

@@ -55,3 +55,41 @@ def test_segments_go_to_their_places_and_turn(device, dtype, dim, v_dim, rotary,
             assert torch.equal(v_out[:, here], v[layer])
         assert not k_out[:, : starts[0]].any() and not k_out[:, end:].any()
         assert not v_out[:, : starts[0]].any() and not v_out[:, end:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dim", "v_dim", "rotary", "layout"),
+    [(64, 64, 64, "half"), (80, 24, 20, "half"), (48, 48, 16, "interleaved"), (64, 64, 0, "half")],
+)
+def test_rows_in_int8_are_multiplied_out_before_they_turn(device, dtype, dim, v_dim, rotary, layout):
+    torch.manual_seed(0)
+    tokens, starts = [70, 5, 130], [3, 73, 78]
+    end = starts[-1] + tokens[-1]
+
+    def stored(width):
+        rows = [torch.randint(-127, 128, (LAYERS, HEADS, n, width), device=device).to(torch.int8) for n in tokens]
+        return rows, [torch.rand(LAYERS, HEADS, n, 1, device=device) for n in tokens]
+
+    (keys, key_scales), (values, value_scales) = stored(dim), stored(v_dim)
+    cos = sin = None
+    if rotary:
+        angle = torch.randn(end, rotary // 2, device=device)
+        cos, sin = angle.cos(), angle.sin()
+    placed = place_kernel.PlacedSegments(keys, values, starts, key_scales, value_scales)
+    k_out = torch.zeros(HEADS, end + 9, dim, dtype=dtype, device=device)[:, : end + 2]
+    v_out = torch.zeros(HEADS, end + 5, v_dim, dtype=dtype, device=device)[:, : end + 1]
+    for layer in range(LAYERS):
+        placed.place(layer, cos, sin, layout == "interleaved", k_out, v_out)
+        for i, (start, n) in enumerate(zip(starts, tokens, strict=True)):
+            here = slice(start, start + n)
+            k = keys[i][layer].float() * key_scales[i][layer]
+            want = k if cos is None else rotate(k, cos[here], sin[here], layout)
+            # a fused multiply-add may round the other way, and sums that cancel keep the products' error
+            torch.testing.assert_close(
+                k_out[:, here].float(), want, rtol=torch.finfo(dtype).eps, atol=300 * torch.finfo(torch.float32).eps
+            )
+            v = values[i][layer].float() * value_scales[i][layer]  # the interpreter cuts bfloat16 instead of rounding
+            torch.testing.assert_close(v_out[:, here].float(), v, rtol=torch.finfo(dtype).eps, atol=0)
+        assert not k_out[:, : starts[0]].any() and not k_out[:, end:].any()
+        assert not v_out[:, : starts[0]].any() and not v_out[:, end:].any()

@@ -63,13 +63,14 @@ def store_of(kind, folder):
     return SegmentStore("memory://", device="cuda" if kind == "device" else "cpu", pin_memory=kind == "pinned")
 
 
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
 @pytest.mark.parametrize("kind", ["device", "host", "pinned", "file"])
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("selector", ["boundary", "blend", "kv_deviation"])
-def test_a_build_equals_the_one_on_the_cpu(models, tmp_path, kind, windowed, selector):
+def test_a_build_equals_the_one_on_the_cpu(models, tmp_path, kind, windowed, selector, kv_dtype):
     found = []
     for model, store in zip(models, (SegmentStore("memory://"), store_of(kind, tmp_path)), strict=True):
-        prompt = SegmentedPrompt(model, None, store, profile_of(model, windowed), header=HEADER)
+        prompt = SegmentedPrompt(model, None, store, profile_of(model, windowed), header=HEADER, kv_dtype=kv_dtype)
         for _ in range(2):  # the second time from the store
             built = prompt.build(SEGMENTS, QUERY, 0.3, selector)
         assert all(segment.hit for segment in built.account.segments)

@@ -127,7 +127,7 @@ def _store(
             chunk = slab.index_select(0, upload(held[part].astype(np.int64), device))
             inside = upload(np.arange(pool.page_size) < counts[part][:, None], device)
             if kv_dtype is not None:
-                chunk, found = _quantised(chunk.float(), inside, kv_dtype)
+                chunk, found = quantised(chunk.float(), inside, kv_dtype)
                 if not bool(torch.isfinite(found).all()):
                     raise CacheError(
                         f"{name}: some {('keys', 'values')[which]} are not finite, so they cannot be kept in {kv_dtype}"
@@ -140,7 +140,7 @@ def _store(
     return FrozenRows(halves[0], halves[1], start, scales[0], scales[1])
 
 
-def _quantised(x: torch.Tensor, inside: torch.Tensor, kv_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def quantised(x: torch.Tensor, inside: torch.Tensor, kv_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 pages ``[n, page_size, dim]`` -> their bytes (uint8, same shape) and scales, float32 ``[n]``."""
     x = x.masked_fill(~inside[..., None], 0)
     largest = KV_DTYPES[kv_dtype]

@@ -7,26 +7,32 @@ the positions ``start, start + 1, ...``.
 Every row of every head is kept, those of local heads too: a row is needed wherever a recomputed row lies at most a
 window behind it, and which rows those are is decided for each prompt. What a prompt does not need is not copied into
 it.
+
+An entry may be kept in int8, at half the bytes or less: each row of each head is divided by a scale of its own,
+``ks.<group>`` and ``vs.<group>`` float32 ``[layers, kv_heads, tokens, 1]``, and rounded. It is multiplied out where rows are
+placed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from ..errors import shorten
+from ..errors import RedKnotError, shorten
+from ..paging.freezing import quantised
 from .codec import CorruptEntry, SegmentEntry
 from .transfer import Upload
 
-__all__ = ["SegmentRows", "inspect", "pack", "unpack"]
+__all__ = ["SegmentRows", "in_int8", "inspect", "pack", "unpack"]
 
 
 class SegmentRows:
     """Views into an entry.
 
     Args:
-        stacks: ``k.<group>`` and ``v.<group>`` ``[layers of the group, kv_heads, tokens, dim]``.
+        stacks: ``k.<group>`` and ``v.<group>`` ``[layers of the group, kv_heads, tokens, dim]``; in int8 their scales, too.
         groups: per layer the group that it belongs to; layers of a group lie in order.
         start: position of the first token when the keys were computed.
         tier: the store that the entry came from; ``"computed"`` if it was made for this prompt.
@@ -55,15 +61,24 @@ class SegmentRows:
     def __len__(self) -> int:
         return self._tokens
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the rows are kept in int8."""
+        return "ks.0" in self.stacks
+
     def key(self, layer: int) -> torch.Tensor:
-        """``[kv_heads, tokens, dim]``."""
-        group, index = self.where[layer]
-        return self.stacks[f"k.{group}"][index]
+        """``[kv_heads, tokens, dim]``; float32 if they are kept in int8."""
+        return self._part("k", layer)
 
     def value(self, layer: int) -> torch.Tensor:
-        """``[kv_heads, tokens, dim]``."""
+        """``[kv_heads, tokens, dim]``; float32 if they are kept in int8."""
+        return self._part("v", layer)
+
+    def _part(self, part: str, layer: int) -> torch.Tensor:
         group, index = self.where[layer]
-        return self.stacks[f"v.{group}"][index]
+        stored = self.stacks[f"{part}.{group}"][index]
+        scales = self.stacks.get(f"{part}s.{group}")
+        return stored if scales is None else stored.float() * scales[index]
 
     def shapes(self) -> list[tuple[int, int, int]]:
         """Per layer (kv_heads, key dim, value dim)."""
@@ -87,6 +102,25 @@ def pack(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], start: in
     return SegmentEntry(tensors, num_tokens=keys[0].shape[1], start=start, extra={"groups": group_of})
 
 
+def in_int8(entry: SegmentEntry) -> SegmentEntry:
+    """What `pack` made, with a scale for each row of each head.
+
+    Raises:
+        RedKnotError: a row holds something that is not finite.
+    """
+    tensors = {}
+    for name, tensor in entry.tensors.items():
+        part, _, group = name.partition(".")
+        rows = tensor.float().reshape(-1, 1, tensor.shape[-1])
+        stored, scales = quantised(rows, torch.ones_like(rows[..., 0], dtype=torch.bool), torch.int8)
+        if not bool(torch.isfinite(scales).all()):
+            kind = "keys" if part == "k" else "values"
+            raise RedKnotError(f"kv_dtype='int8': some {kind} are not finite, so they cannot be kept so; leave it out")
+        tensors[name] = stored.view(torch.int8).view(tensor.shape)
+        tensors[f"{part}s.{group}"] = scales.view(*tensor.shape[:-1], 1)
+    return replace(entry, tensors=tensors)
+
+
 def unpack(entries: Sequence[SegmentEntry], upload: Upload) -> list[SegmentRows]:
     """The rows of entries that `inspect` has passed, as ``upload`` brings them."""
     return [
@@ -96,12 +130,19 @@ def unpack(entries: Sequence[SegmentEntry], upload: Upload) -> list[SegmentRows]
 
 
 def inspect(
-    entry: SegmentEntry, shapes: Sequence[tuple[int, int, int]] | int, tokens: int, start: int, dtype: torch.dtype
+    entry: SegmentEntry,
+    shapes: Sequence[tuple[int, int, int]] | int,
+    tokens: int,
+    start: int,
+    dtype: torch.dtype,
+    in_int8: bool = False,
 ) -> None:
     """Look at everything that a prompt relies on.
 
     Args:
         shapes: per layer (kv_heads, key dim, value dim) of the model, or only the number of layers.
+        dtype: of the model.
+        in_int8: what `in_int8` makes is expected.
 
     Raises:
         CorruptEntry: the entry is not what a segment of ``tokens`` tokens of this model looks like.
@@ -115,15 +156,22 @@ def inspect(
             f"{tokens} from {start} in {layers}"
         )
     for name, tensor in entry.tensors.items():
-        if tensor.dim() != 4 or tensor.shape[2] != tokens or tensor.dtype != dtype:
-            raise CorruptEntry(f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {dtype} with {tokens} tokens")
-    counts = [groups.count(group) for group in range(len(entry.tensors) // 2)]
-    expected = {f"{part}.{group}": count for group, count in enumerate(counts) for part in "kv"}
+        scales = in_int8 and name[1:2] == "s"
+        stored = torch.float32 if scales else torch.int8 if in_int8 else dtype
+        if tensor.dim() != 4 or tensor.shape[2] != tokens or tensor.dtype != stored:
+            raise CorruptEntry(f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {stored} with {tokens} tokens")
+    parts = ("k", "v", "ks", "vs") if in_int8 else ("k", "v")
+    counts = [groups.count(group) for group in range(len(entry.tensors) // len(parts))]
+    expected = {f"{part}.{group}": count for group, count in enumerate(counts) for part in parts}
     found = {name: tensor.shape[0] for name, tensor in entry.tensors.items()}
     if found != expected or sum(counts) != layers or any(type(group) is not int for group in groups):
         raise CorruptEntry(f"its layers do not agree with its tensors: {shorten(groups)}, {shorten(found)}")
     if any(entry.tensors[f"k.{g}"].shape[1] != entry.tensors[f"v.{g}"].shape[1] for g in range(len(counts))):
         raise CorruptEntry("keys and values have different numbers of heads")
+    if in_int8:
+        for name in (f"{part}.{group}" for group in range(len(counts)) for part in "kv"):
+            if entry.tensors[name[0] + "s" + name[1:]].shape != (*entry.tensors[name].shape[:3], 1):
+                raise CorruptEntry(f"{name} and its scales do not agree")
     if not isinstance(shapes, int):
         found_shapes = SegmentRows(entry.tensors, groups, start, "", 0).shapes()
         if found_shapes != list(shapes):

@@ -73,7 +73,7 @@ class SegmentKey:
         model: `model_fingerprint` of the weights.
         rope: digest of the `RopeSignature`.
         header_ids: tokens the segment was captured behind (BOS, system prompt); empty for none.
-        dtype: dtype of the cached tensors, e.g. `"bfloat16"`.
+        dtype: dtype of the cached tensors, e.g. `"bfloat16"`; `"bfloat16/int8"` for those kept in int8.
         profile: id of the head profile the entry was made for; empty if every row of every head is stored.
         token_ids: the segment's own tokens.
         contexts: digest of the texts between header and segment over which the entry is the mean; empty for none.
@@ -97,8 +97,11 @@ class SegmentKey:
         header_ids: Iterable[int] | torch.Tensor = (),
         dtype: torch.dtype | str = "bfloat16",
         profile: str = "",
+        kv_dtype: torch.dtype | None = None,
     ) -> SegmentKey:
         """Build a key; tensors and lists of ids, torch dtypes and signatures are brought to their canonical form.
+
+        ``kv_dtype`` is what the entry is kept in if that is not ``dtype``; `quantised` then tells.
 
         Raises:
             RedKnotError: if there are no tokens or an id does not fit in 64 bits.
@@ -110,10 +113,15 @@ class SegmentKey:
             model=model,
             rope=rope if isinstance(rope, str) else rope.digest,
             header_ids=_id_tuple("header_ids", header_ids),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype="/".join(str(d).removeprefix("torch.") for d in (dtype, kv_dtype) if d is not None),
             profile=profile,
             token_ids=tokens,
         )
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the entry is kept in fewer bits than the model computes it in."""
+        return "/" in self.dtype
 
     @functools.cached_property
     def hex(self) -> str:

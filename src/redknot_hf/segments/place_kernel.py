@@ -2,7 +2,8 @@
 
 The segments are separate tensors ``[layers, kv_heads, tokens, dim]``; their addresses go to the GPU once per prompt.
 Every key is rotated in fp32 from the position that it was computed for to the one it goes to, and rounded once; values
-are copied. Where nothing moves the angle is 0 and the key comes out bit by bit.
+are copied. Where nothing moves the angle is 0 and the key comes out bit by bit. Rows in int8 are multiplied with their
+scales first, in fp32, too.
 
 This module does not know where the rows come from or which are needed: it copies all of them. At several TB/s that
 costs less than telling them apart.
@@ -39,6 +40,7 @@ class PlacedSegments:
     Args:
         keys, values: per segment ``[layers, kv_heads, tokens, dim]``, contiguous, all alike but for the tokens.
         starts: per segment the prompt position of its first token.
+        key_scales, value_scales: fp32 ``[layers, kv_heads, tokens, 1]`` per segment if keys and values are int8.
 
     The tensors must live until the copies have run.
     """
@@ -46,12 +48,21 @@ class PlacedSegments:
     keys: Sequence[torch.Tensor]
     values: Sequence[torch.Tensor]
     starts: Sequence[int]
+    key_scales: Sequence[torch.Tensor] = ()
+    value_scales: Sequence[torch.Tensor] = ()
 
     def __post_init__(self) -> None:
+        self._quantised = bool(self.key_scales)
+        if self._quantised:
+            stacks = zip(self.keys, self.values, self.key_scales, self.value_scales, strict=True)
+        else:
+            stacks = zip(
+                self.keys, self.values, self.keys, self.values, strict=True
+            )  # in the place of scales, not read
         rows = []
-        for k, v, start in zip(self.keys, self.values, self.starts, strict=True):
-            tokens = k.shape[2]
-            rows += [(k.data_ptr(), v.data_ptr(), tokens, start, first) for first in range(0, tokens, BLOCK)]
+        for tensors, start in zip(stacks, self.starts, strict=True):
+            addresses, tokens = [tensor.data_ptr() for tensor in tensors], tensors[0].shape[2]
+            rows += [(*addresses, tokens, start, first) for first in range(0, tokens, BLOCK)]
         self._aligned = math.gcd(16, *(row[i] for row in rows for i in (0, 1)))
         self._tiles = torch.tensor(rows, dtype=torch.int64).to(self.keys[0].device)
 
@@ -77,13 +88,14 @@ class PlacedSegments:
         heads, dim, v_dim = k_out.shape[0], k_out.shape[2], v_out.shape[2]
         rotary = 0 if cos is None else 2 * cos.shape[1]
         # bytes that every row of every tensor starts at a multiple of
-        aligned = math.gcd(16, *(n * k_out.element_size() for n in (dim, v_dim, rotary // 2 or dim)), self._aligned)
+        size = self.keys[0].element_size()
+        aligned = math.gcd(16, *(n * size for n in (dim, v_dim, rotary // 2 or dim)), self._aligned)
         with torch.cuda.device_of(k_out):  # triton launches on the current device; a model may lie on another one
             place_kernel[(self._tiles.shape[0], heads)](
                 self._tiles, cos, sin, k_out, v_out, layer, k_out.stride(0), k_out.stride(1), v_out.stride(0),
                 v_out.stride(1), HEADS=heads, D=dim, DV=v_dim, BD=_power_of_two(dim), BDV=_power_of_two(v_dim),
                 BR=_power_of_two(max(rotary // 2, 1)), ROTARY=rotary, INTERLEAVED=interleaved, BLOCK=BLOCK,
-                ALIGN=aligned, num_warps=4,
+                ALIGN=aligned, QUANTISED=self._quantised, num_warps=4,
             )  # fmt: skip
 
 

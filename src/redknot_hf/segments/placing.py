@@ -47,13 +47,22 @@ class Loader:
 
     Args:
         relocate: False leaves the keys rotated for where they were computed. Wrong, and measured as the naive baseline.
+        dtype: of the prompt; None: that of the first place, which is then not kept in int8.
 
     Attributes:
         bytes_moved: copied into the prompt so far, keys and values.
         seconds: spent doing so, on the host.
     """
 
-    def __init__(self, cache: SpliceCache, places: list[Place], relocator: Relocator, relocate: bool = True):
+    def __init__(
+        self,
+        cache: SpliceCache,
+        places: list[Place],
+        relocator: Relocator,
+        relocate: bool = True,
+        dtype: torch.dtype | None = None,
+    ):
+        self.dtype = dtype
         self._cache = weakref.ref(cache)  # which holds this loader
         self.places, self.relocator = places, relocator
         self.total = places[-1].stop if places else 0
@@ -64,7 +73,7 @@ class Loader:
         self.bytes_moved, self.seconds = 0, 0.0
         self._there: dict[tuple[int, int, int], np.ndarray] = {}
         self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._placed: dict[int, place_kernel.PlacedSegments] = {}
+        self._placed: dict[int, list[place_kernel.PlacedSegments]] = {}
         self._started: set[int] = set()
         self._whole: set[int] = set()
         cache.loader = self
@@ -86,7 +95,8 @@ class Loader:
     def _load(self, layer: SpliceLayer, rows: RowSet) -> None:
         if not layer.is_initialized:
             first = self.places[0].rows
-            layer.lazy_initialization(first.key(layer.index)[None], first.value(layer.index)[None])
+            like = [x[None, :, :0].to(self.dtype) for x in (first.key(layer.index), first.value(layer.index))]
+            layer.lazy_initialization(*like)
         assert layer.k is not None
         if layer.index in self._whole:
             return
@@ -155,13 +165,10 @@ class Loader:
         if on_gpu and not own:
             group, index = self.places[0].rows.where[layer.index]
             if group not in self._placed:
-                self._placed[group] = place_kernel.PlacedSegments(
-                    [place.rows.stacks[f"k.{group}"].contiguous() for place in self.places],
-                    [place.rows.stacks[f"v.{group}"].contiguous() for place in self.places],
-                    [place.start for place in self.places],
-                )
+                self._placed[group] = self._segments_of(group)
             cos, sin, layout = self._tables_of(layer.index, k_out.device) if moved else (None, None, "half")
-            self._placed[group].place(index, cos, sin, layout == "interleaved", k_out, v_out)
+            for placed in self._placed[group]:
+                placed.place(index, cos, sin, layout == "interleaved", k_out, v_out)
             return
         for place in self.places:
             here = slice(place.start, place.stop)
@@ -175,6 +182,19 @@ class Loader:
                 cos, sin, layout = self._tables_of(layer.index, k.device)
                 assert cos is not None and sin is not None
                 rotate_into(out, k, cos[here], sin[here], layout)
+
+    def _segments_of(self, group: int) -> list[place_kernel.PlacedSegments]:
+        """What one launch takes: the segments in the model's dtype, and those in int8."""
+        found = []
+        for quantised in (False, True):
+            places = [place for place in self.places if place.rows.quantised == quantised]
+            if places:
+                parts = ("k", "v", "ks", "vs") if quantised else ("k", "v")
+                stacks = [[place.rows.stacks[f"{part}.{group}"].contiguous() for place in places] for part in parts]
+                found.append(
+                    place_kernel.PlacedSegments(stacks[0], stacks[1], [place.start for place in places], *stacks[2:])
+                )
+        return found
 
     def _bring(self, layer: SpliceLayer, heads: np.ndarray, missing: np.ndarray) -> None:
         """The rows ``missing`` of some heads."""
@@ -194,6 +214,7 @@ class Loader:
         at = np.flatnonzero(missing)
         k = self._relocated(torch.cat(keys, 1) if len(keys) > 1 else keys[0], at, layer.index)
         v = torch.cat(values, 1) if len(values) > 1 else values[0]
+        k, v = k.to(layer.k.dtype), v.to(layer.v.dtype)
         self.bytes_moved += k.numel() * k.element_size() + v.numel() * v.element_size()
         where = torch.from_numpy(at).to(layer.k.device)
         for store, new in ((layer.k, k), (layer.v, v)):

@@ -31,13 +31,14 @@ import torch
 from ..cache import RedKnotCache
 from ..errors import RedKnotError, shorten
 from ..heads import HeadProfile
+from ..paging.frozen import kv_dtype_of
 from .account import BuildAccount, Clock, SegmentAccount
 from .batch import hand_over_batch, pad_left
 from .capture import capture
 from .checks import Checks
 from .codec import CorruptEntry, SegmentEntry
 from .contexts import capture_mean
-from .entry import SegmentRows, inspect, unpack
+from .entry import SegmentRows, in_int8, inspect, unpack
 from .keys import SegmentKey, hash_fields, model_fingerprint
 from .placing import Loader, Place
 from .rope import Relocator
@@ -118,6 +119,9 @@ class SegmentedPrompt:
         prefill: ``"windowed"`` or ``"full"``, as for `RedKnotCache`. With "full" stored segments serve every profile.
         page_size, rollback: of the caches that are built.
         batch_tokens: tokens of one forward when documents are computed.
+        kv_dtype: ``"int8"`` keeps the segments' entries in one byte per channel, with a scale for each row of each head:
+            half of bfloat16's bytes to store, to read and to bring to a GPU, and reuse is never exact. The header stays as
+            it is. Entries in int8 and others are never taken for each other.
 
     Raises:
         UnsupportedModel: the model's keys cannot be relocated, or its layers cannot be spliced; the message says why.
@@ -137,7 +141,13 @@ class SegmentedPrompt:
         page_size: int = 64,
         rollback: int = 0,
         batch_tokens: int = 16384,
+        kv_dtype: torch.dtype | str | None = None,
     ):
+        if kv_dtype_of(kv_dtype) not in (None, torch.int8):
+            raise RedKnotError(
+                f"kv_dtype={shorten(kv_dtype)}: segments are kept in 'int8', or None for the model's dtype"
+            )
+        self.kv_dtype = kv_dtype_of(kv_dtype)
         self.model, self.tokenizer = model, tokenizer
         self.store = store if isinstance(store, SegmentStore) else SegmentStore(store)
         self._options = dict(prefill=prefill, page_size=page_size, rollback=rollback)
@@ -210,12 +220,17 @@ class SegmentedPrompt:
         return self._means[key.hex]
 
     def _register(self, segment: Tokens) -> SegmentKey:
-        key = self._key(self._ids(segment, "segment"), self.behind)
+        key = self._key(self._ids(segment, "segment"), self.behind, self.kv_dtype)
         self._segments[key.hex] = key
         return key
 
-    def _key(self, ids: Sequence[int], header: Sequence[int]) -> SegmentKey:
-        return SegmentKey.of(token_ids=ids, header_ids=header, **self._identity)
+    def _key(self, ids: Sequence[int], header: Sequence[int], kv_dtype: torch.dtype | None = None) -> SegmentKey:
+        return SegmentKey.of(token_ids=ids, header_ids=header, kv_dtype=kv_dtype, **self._identity)
+
+    def _keep(self, key: SegmentKey, entry: SegmentEntry, entries: dict[str, SegmentEntry]) -> None:
+        """Store what was computed, and use what is stored: a miss gives the bits of a hit."""
+        entries[key.hex] = in_int8(entry) if key.quantised else entry
+        self.store.put(key, entries[key.hex])
 
     def _ids(self, value: Tokens, name: str) -> list[int]:
         if isinstance(value, str):
@@ -255,8 +270,7 @@ class SegmentedPrompt:
             documents = [key.token_ids for key in batch]
             rows = header if behind else None
             for i, entry in capture(self.model, self.new_cache, rows, documents, self.batch_tokens):
-                entries[batch[i].hex] = entry
-                self.store.put(batch[i], entry)
+                self._keep(batch[i], entry, entries)
         batch = [key for key in keys if key.contexts]
         if batch:
             if not self._context_rows:
@@ -267,8 +281,7 @@ class SegmentedPrompt:
                 self.batch_tokens,
             )  # fmt: skip
             for i, entry in means:
-                entries[batch[i].hex] = entry
-                self.store.put(batch[i], entry)
+                self._keep(batch[i], entry, entries)
         return entries
 
     def _rows_of(self, ids: Sequence[int], entries: dict[str, SegmentEntry]) -> SegmentRows:
@@ -294,7 +307,7 @@ class SegmentedPrompt:
             if entry is None:
                 continue
             try:
-                inspect(entry, self._shapes, len(key.token_ids), len(key.header_ids), self.model.dtype)
+                inspect(entry, self._shapes, len(key.token_ids), len(key.header_ids), self.model.dtype, key.quantised)
                 usable.append((key, entry))
             except CorruptEntry as error:
                 self.store.discard(
@@ -455,11 +468,13 @@ class SegmentedPrompt:
         for key in keys:
             places.append(Place(at, found[key.hex]))  # type: ignore[arg-type]
             at += len(key.token_ids)
-        exact = [self._is_exact(index, keys, places) and relocate for index in range(len(keys))]
+        settled = [self._is_exact(index, keys, places) and relocate for index in range(len(keys))]
+        exact = [right and not key.quantised for right, key in zip(settled, keys, strict=True)]
         target = self.new_cache()
         cache = SpliceCache(target, length, in_place=in_place)
-        loader = Loader(cache, places, self.relocator, relocate)
-        view = self._view(cache, ids, row, places, exact, at, ratios)
+        loader = Loader(cache, places, self.relocator, relocate, self.model.dtype)
+        # rows that are rounded and nothing else are recomputed where everything is: others gain more
+        view = self._view(cache, ids, row, places, exact if ratios[-1] == 1 else settled, at, ratios)
 
         self._run_dense_heads(view)
         chosen = Choice(np.zeros(0, np.int64), np.zeros(length, bool))
@@ -594,6 +609,11 @@ class SegmentedPrompt:
         layers = len(ratios)
         flat = len(set(ratios)) == 1
         everything = len(chosen.ranked) == len(view.eligible) and not chosen.partial[chosen.ranked].any()
+        rounded = sum(
+            len(place.rows) - segment.recomputed
+            for place, segment in zip(places, segments, strict=True)
+            if place.rows.quantised
+        )
         if not len(view.eligible):
             right, reason = True, "every reused row stands behind exactly what it was computed behind"
         elif everything and flat:
@@ -610,6 +630,9 @@ class SegmentedPrompt:
                 reason += "; later layers recomputed fewer rows than earlier ones"
             if not relocate:
                 reason += "; keys were not relocated"
+        if rounded and view.exact_through < layers - 1:
+            kept = f"{rounded} reused rows are kept in int8"
+            right, reason = False, kept if right else f"{reason}; {kept}"
         if view.cache.skipped:
             right, reason = False, f"{reason}; a sparse FFN left out {view.cache.skipped} rows of FFNs"
         total = sum(len(place.rows) for place in places)
