@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from redknot_hf.segments.codec import SegmentEntry
+from redknot_hf.segments.entry import in_int8, pack
 from redknot_hf.segments.keys import SegmentKey
 from redknot_hf.segments.stores import SegmentStore
 
@@ -148,7 +149,7 @@ def make_key(seed: int = 0, **fields: Any) -> SegmentKey:
 
 
 def make_entry(seed: int = 0, rows: int = 7) -> SegmentEntry:
-    """Ragged keys and values of two heads, plus one tensor of every dtype that a store must keep."""
+    """Ragged keys and values of two heads, one tensor of every dtype that a store must keep, and rows in int8."""
     g = torch.Generator().manual_seed(seed)
     tensors = {
         "layer.0.k": torch.randn(rows + 3, 8, generator=g).bfloat16(),
@@ -163,6 +164,8 @@ def make_entry(seed: int = 0, rows: int = 7) -> SegmentEntry:
             0, 2 if dtype == torch.bool else 256, (5 * dtype.itemsize,), generator=g, dtype=torch.uint8
         )
         tensors[str(dtype)] = bits.view(dtype)
+    keys, values = (list(torch.randn(2, 3, rows, 8, generator=g)) for _ in range(2))
+    tensors.update(in_int8(pack(keys, values, 1)).tensors)
     return SegmentEntry(
         tensors, num_tokens=rows, start=1, extra={"note": "größer", "seed": seed, "list": [1, 2.5, None]}
     )
