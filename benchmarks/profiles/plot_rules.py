@@ -28,11 +28,10 @@ def plot(source: Path, target: Path) -> None:
     results: list[dict[str, Any]] = json.loads(Path(source).read_text())["results"]
     groups = sorted({(entry["window"], entry["mode"]) for entry in results})
     figure, axes = plt.subplots(len(groups), len(PANELS), figsize=(5 * len(PANELS), 4.2 * len(groups)), squeeze=False)
+    names = dict.fromkeys(entry["rule"] for entry in results)
+    rules = [rule for rule in names if not rule.startswith(("all ", "profile "))]  # one colour in all panels
     for axis_row, (window, mode) in zip(axes, groups, strict=True):
         part = [entry for entry in results if (entry["window"], entry["mode"]) == (window, mode)]
-        rules = [
-            rule for rule in dict.fromkeys(entry["rule"] for entry in part) if not rule.startswith(("all ", "profile "))
-        ]
         for axis, (group, key, title, log) in zip(axis_row, PANELS, strict=True):
             for i, rule in enumerate(rules):
                 points = sorted((entry for entry in part if entry["rule"] == rule), key=lambda entry: entry["budget"])
@@ -54,9 +53,9 @@ def plot(source: Path, target: Path) -> None:
                 axis.set_yscale("log")
             axis.set_title(f"{title}\nprefill={mode}, local heads keep {window} tokens on average", fontsize=10)
             axis.set_xlabel("global heads (%)")
-    axes[0][-1].legend(fontsize=7, loc="best")
-    figure.tight_layout()
-    figure.savefig(target, dpi=120)
+    figure.tight_layout(rect=(0, 0.7 / figure.get_figheight(), 1, 1))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=7, fontsize=9)
+    figure.savefig(target, dpi=90)
     plt.close(figure)
 
 
