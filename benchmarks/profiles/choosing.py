@@ -11,7 +11,7 @@ import random
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +96,18 @@ def calibrate(model: Any, tokenizer: Any, layout: Any, args: argparse.Namespace,
 
 def choose_ours(
     model: Any, layout: Any, calibration: Calibration, window: int, args: argparse.Namespace, log: Any,
-    rule: str = "ours", objective: Objective | None = None, budgets: Sequence[float] | None = None,
+    rule: str, objective: Objective,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Our maps at every budget and mode, saved as profiles too."""
     load = calibration.load
     known: dict[Any, Any] = {}
     for mode in args.modes:
-        for budget in budgets or args.budgets:
+        for budget in args.budgets:
             if log.seconds > args.max_seconds:
                 return
             search = remembering(known, search_on(
                 model, layout, calibration.prompts, windows=WINDOWS, sink=rules.SINK,
-                objective=objective or Objective(), sketches=load.search_sketches, seed=0, mode=mode,
+                objective=objective, sketches=load.search_sketches, seed=0, mode=mode,
                 rounds=load.rounds, lengths=load.lengths, singles=load.singles, finalists=load.finalists,
                 deployed_rounds=load.deployed_rounds,
             ))  # fmt: skip

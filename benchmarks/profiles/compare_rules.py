@@ -50,8 +50,6 @@ from redknot_hf.heads.profiler.visibility import HeadMap
 
 KINDS = ("passkey", "number", "lookup")
 FIRST = ("all global", "all local", "ours")
-VARIANTS: dict[str, Objective] = {}
-"""Ours with other weights, by the name of the row."""
 MAIN = ("gates", "ablation", "ablation (text)", "retrieval score", "output error (text)", "attention mass", "random 1")
 """Rules that are evaluated before the others where time may end."""
 
@@ -119,6 +117,13 @@ def main() -> None:
     parser.add_argument("--gate-steps", type=int, help="steps of the gate optimisation (default: the profiler's)")
     parser.add_argument("--windows", type=int, nargs="+", default=[256, 512], help="tokens per local head on average")
     parser.add_argument(
+        "--needle-weights",
+        type=float,
+        nargs="*",
+        default=[],
+        help="also evaluate ours with these needle_weight",
+    )
+    parser.add_argument(
         "--profile", type=Path, nargs="*", default=[], help="profile files to evaluate beside the rules"
     )
     parser.add_argument("--resume", type=Path, help="folder of an interrupted run: its maps and rows are taken over")
@@ -177,8 +182,6 @@ class Comparison:
         """The most telling first: all rules at the first window with eviction after the prefill, ours in the other mode,
         then the other windows, then what is left."""
         for rank in range(6):
-            if rank == 2:
-                self.need_variants()
             for window in self.args.windows[:1] if rank < 2 else self.args.windows:
                 self.need_maps(window)
             wanted = [e for e in self.maps if self.rank(e) == rank]
@@ -192,27 +195,17 @@ class Comparison:
             self.log("no picture:", error, "- run plot_rules.py where matplotlib is")
         self.log("done")
 
-    def need_variants(self) -> None:
-        """Ours with other weights, at the small budgets and the first window."""
-        if self.calibration is None or self.log.seconds > self.args.max_seconds:
-            return
-        window, budgets = self.args.windows[0], self.args.budgets[:2]
-        for rule, objective in VARIANTS.items():
-            parts = (self.model, self.layout, self.calibration, window, self.args, self.log)
-            for found in choose_ours(*parts, rule, objective, budgets):
-                self.maps.append(found)
-                self.evaluate([found], found["mode"])
-
     def rank(self, e: dict[str, Any]) -> int:
         first, full = e["window"] == self.args.windows[0], e["mode"] == "full"
-        group = 0 if e["rule"] in FIRST or e["rule"].startswith("profile ") else 1 if e["rule"] in MAIN else 2
+        group = 0 if e["rule"] in FIRST or e["rule"].startswith(("profile ", "ours")) else 1 if e["rule"] in MAIN else 2
         if first:
             return 0 if full else (1, 4, 5)[group]
         return (2, 2, 5)[group] if full else (3, 4, 5)[group]
 
     def need_maps(self, window: int) -> None:
         known = {e["rule"] for e in self.maps if e["window"] == window}
-        if "ours" in known or self.log.seconds > self.args.max_seconds:
+        weights = {"ours": 1.0} | {f"ours, needles x{weight:g}": weight for weight in self.args.needle_weights}
+        if known.issuperset(weights) or self.log.seconds > self.args.max_seconds:
             return
         if self.calibration is None:
             self.calibration = calibrate(self.model, self.tokenizer, self.layout, self.args, self.log)
@@ -227,10 +220,11 @@ class Comparison:
             for mode in self.args.modes:
                 self.evaluate([e for e in self.maps if e["mode"] == mode and e["rule"].startswith("profile ")], mode)
         self.save_maps()
-        for found in choose_ours(*parts):
-            self.maps.append(found)
-            self.save_maps()
-            self.evaluate([found], found["mode"])
+        for rule in [rule for rule in weights if rule not in known]:
+            for found in choose_ours(*parts, rule, Objective.weighted(weights[rule])):
+                self.maps.append(found)
+                self.save_maps()
+                self.evaluate([found], found["mode"])
 
     def save_maps(self) -> None:
         document = {"environment": self.environment, "maps": self.maps}

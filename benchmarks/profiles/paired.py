@@ -28,18 +28,20 @@ def interval(differences: Sequence[float], draws: int = 1000) -> tuple[float, fl
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One line per other rule, budget, window and mode."""
-    ours = {(r["mode"], r["window"], r["budget"]): r for r in rows if r["rule"] == "ours"}
-    for other in rows:
-        mine = ours.get((other["mode"], other["window"], other["budget"]))
-        if mine is None or other is mine:
+    """One line per map of ours and other rule at the same budget, window and mode."""
+    places = ("mode", "window", "budget")
+    for mine in rows:
+        if not mine["rule"].startswith("ours") or "chosen for" in mine["rule"]:
             continue
-        line = {key: other[key] for key in ("mode", "window", "budget", "rule")}
-        for name, group, index in COLUMNS:
-            pairs = zip(mine[group], other[group], strict=True)
-            mean, low, high = interval([float(a[index]) - float(b[index]) for a, b in pairs])
-            line |= {name: round(mean, 5), f"{name}_low": round(low, 5), f"{name}_high": round(high, 5)}
-        yield line
+        for other in rows:
+            if other["rule"].startswith("ours") or any(other[key] != mine[key] for key in places):
+                continue
+            line = {**{key: other[key] for key in places}, "ours": mine["rule"], "rule": other["rule"]}
+            for name, group, index in COLUMNS:
+                pairs = zip(mine[group], other[group], strict=True)
+                mean, low, high = interval([float(a[index]) - float(b[index]) for a, b in pairs])
+                line |= {name: round(mean, 5), f"{name}_low": round(low, 5), f"{name}_high": round(high, 5)}
+            yield line
 
 
 def write(rows: Sequence[dict[str, Any]], target: Path) -> None:

@@ -40,7 +40,7 @@ def plot(source: Path, target: Path) -> None:
                 bounds = [entry[group][f"{key}_95"] for entry in points]
                 random = rule.startswith("random")
                 color = "0.75" if random else f"C{i % 10}"
-                width = 3 if rule == "ours" else 1.2
+                width = 3 if rule == "ours" else 2 if rule.startswith("ours") else 1.2
                 axis.plot(x, y, color=color, lw=width, marker="o", ms=4 if rule == "ours" else 2.5, label=rule)
                 if rule == "ours":
                     axis.fill_between(x, [b[0] for b in bounds], [b[1] for b in bounds], color=color, alpha=0.2)

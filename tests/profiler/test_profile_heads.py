@@ -13,6 +13,8 @@ from redknot_hf.heads.profiler import api, profile_heads
 from redknot_hf.heads.profiler.collect import Workload, build_prompts
 from redknot_hf.heads.profiler.context import prefill, run_suffix
 from redknot_hf.heads.profiler.intercept import decoder_layout, intercept
+from redknot_hf.heads.profiler.objective import Objective
+from redknot_hf.heads.profiler.refine import search_on
 from redknot_hf.heads.profiler.tasks import NEEDLE_KINDS
 from redknot_hf.heads.profiler.visibility import HeadMap, visible_attention, windowed_handler
 
@@ -178,6 +180,8 @@ def test_layout_is_found_by_structure(planted_model):
         ({"prefill": "later"}, "prefill is 'later'"),
         ({"windows": (64, 32)}, "windows is"),
         ({"mean_window": 8}, "mean_window is 8"),
+        ({"needle_weight": -0.5}, "needle_weight is -0.5"),
+        ({"needle_weight": float("nan")}, "needle_weight is nan"),
         ({"context": 64}, "context is 64"),
         ({"tolerance": {"speed": 1}}, "tolerance names 'speed'"),
         ({"tolerance": -1}, "expected a number >= 0"),
@@ -189,6 +193,20 @@ def test_layout_is_found_by_structure(planted_model):
 def test_bad_arguments_are_named(planted_model, byte_tokenizer, arguments, message):
     with pytest.raises(RedKnotError, match=message):
         profile_heads(planted_model, byte_tokenizer, **{**FAST, **arguments})
+
+
+def test_the_needle_weight_is_what_the_search_minimises(planted_model, byte_tokenizer, monkeypatch):
+    seen = []
+
+    def noted(*args, objective, **more):
+        seen.append(objective)
+        return search_on(*args, objective=objective, **more)
+
+    monkeypatch.setattr(api, "search_on", noted)
+    arguments = FAST | {"budget": 1 / 6, "validate": False, "needle_weight": 0.2}
+    profile = profile_heads(planted_model, byte_tokenizer, **arguments)
+    assert seen == [Objective(text_kl=1.0, needle_kl=0.1, needle_misses=0.05)]
+    assert profile.metadata["data"]["needle_weight"] == 0.2
 
 
 def test_an_encoder_decoder_is_refused_by_name():

@@ -49,6 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mean-window", type=int, default=256, help="average window of local heads, tokens (default %(default)s)"
     )
     parser.add_argument(
+        "--needle-weight",
+        type=float,
+        default=1.0,
+        metavar="W",
+        help="what the search pays for answers against text: below 1 for maps that cost less on text and lose more "
+        "answers (default %(default)s)",
+    )
+    parser.add_argument(
         "--prefill", default="windowed", help="mode to validate: windowed or full (default %(default)s)"
     )
     parser.add_argument(
@@ -93,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
         tolerance = {"text_kl": args.tolerance, "accuracy_drop": args.max_accuracy_drop}
     profile = profile_heads(
         model, tokenizer, texts, budget=args.budget, tolerance=tolerance, method=args.method, sink=args.sink,
-        windows=tuple(args.windows), mean_window=args.mean_window, prefill=args.prefill, context=args.context,
+        windows=tuple(args.windows), mean_window=args.mean_window, needle_weight=args.needle_weight,
+        prefill=args.prefill, context=args.context,
         seed=args.seed, gate_steps=args.gate_steps, samples=args.samples, validate=not args.no_validate,
         progress=not args.no_progress, checkpoint=args.checkpoint,
     )  # fmt: skip

@@ -39,6 +39,7 @@ def profile_heads(
     sink: int = 4,
     windows: Sequence[int] = (64, 128, 256, 512, 1024),
     mean_window: int = 256,
+    needle_weight: float = 1.0,
     prefill: str = "windowed",
     context: int = 2048,
     seed: int = 0,
@@ -66,6 +67,8 @@ def profile_heads(
         sink: first tokens every local head keeps. 4 because position 0 is the sink of every model measured.
         windows: sizes a local head may get, tokens, increasing.
         mean_window: average window of local heads, tokens: fixes the bytes, whatever windows are chosen.
+        needle_weight: what the search pays for answers against text: 0.5 KL at answers and 0.25 misses times this number,
+            beside 1 KL on text. Below 1 for maps that stay close to the full cache on text, above 1 for retrieval alone.
         prefill: the mode of the cache that will be used: "windowed" applies windows during prefill, "full" evicts after
             it. Validated in this mode. On a GPU the last few maps are also compared in it, and up to 1B parameters the
             search ends in it; scores and all else are of eviction after the prefill.
@@ -92,6 +95,7 @@ def profile_heads(
     bounds = read_tolerance(tolerance)
     budget = 0.25 if budget is None and bounds is None else budget
     windows = _check(budget, method, sink, windows, mean_window, prefill, context, gate_steps, samples)
+    objective = Objective.weighted(needle_weight)
     if bounds is not None and not validate:
         raise RedKnotError("tolerance needs the validation; pass validate=True or a budget")
     texts = None if texts is None else [text for text in texts if text.strip()]
@@ -110,7 +114,7 @@ def profile_heads(
     arguments = {
         "sink": sink, "windows": windows, "context": context, "seed": seed, "gate_steps": steps,
         "gate_weight": gate_weight, "gate_window": gate_window, "load": repr(load), "method": method,
-        "mean_window": mean_window,
+        "mean_window": mean_window, "needle_weight": needle_weight,
     }  # fmt: skip
     state = Checkpoint(checkpoint, fingerprint(model, [*needles, *plain], arguments) if checkpoint else "")
 
@@ -131,7 +135,7 @@ def profile_heads(
             groups = [*batches(fresh[0], load.batch), *batches(fresh[1], load.batch)]
             prompts = [full_reference(model, collate(group, device)) for group in groups]
         search = search_on(
-            model, layout, prompts, windows=windows, sink=sink, objective=Objective(), sketches=load.search_sketches,
+            model, layout, prompts, windows=windows, sink=sink, objective=objective, sketches=load.search_sketches,
             seed=seed, mode=prefill if load.deployed else "full", rounds=load.rounds, lengths=load.lengths, singles=load.singles,
             finalists=load.finalists, deployed_rounds=load.deployed_rounds, step=lambda: bar.update(1),
         )  # fmt: skip
@@ -168,6 +172,7 @@ def profile_heads(
             "context": context, "needles": load.needles, "text_samples": load.texts, "seed": seed,
             "text_rows": load.rows, "gate_steps": steps, "sketches": [load.text_sketches, load.needle_sketches],
             "search_needles": load.search_needles or load.needles, "search_texts": load.search_texts or load.texts,
+            "needle_weight": needle_weight,
         },
         seed=seed,
         device=str(device.type),

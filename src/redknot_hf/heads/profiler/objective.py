@@ -11,10 +11,12 @@ All terms are means over prompts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
 
+from ...errors import RedKnotError, shorten
 from .tasks import Batch
 
 __all__ = ["TERMS", "Objective", "prompt_terms"]
@@ -35,6 +37,17 @@ class Objective:
     text_kl: float = 1.0
     needle_kl: float = 0.5
     needle_misses: float = 0.25
+
+    @classmethod
+    def weighted(cls, needle_weight: float) -> Objective:
+        """The default weights, those of answers times `needle_weight`; refuses what is no finite number from 0 on."""
+        if (
+            isinstance(needle_weight, bool)
+            or not isinstance(needle_weight, (int, float))
+            or not 0 <= needle_weight < inf
+        ):
+            raise RedKnotError(f"needle_weight is {shorten(needle_weight)}; expected a number of at least 0")
+        return cls(needle_kl=cls.needle_kl * needle_weight, needle_misses=cls.needle_misses * needle_weight)
 
     def total(self, terms: Tensor) -> Tensor:
         """`[..., 3]` terms in the order of `TERMS` to `[...]`."""
