@@ -46,9 +46,9 @@ def logits_after(model, built) -> torch.Tensor:
 
 def multiplied_out(entry):
     tensors = {
-        name: tensor.float() * entry.tensors[f"{name[0]}s{name[1:]}"]
+        name: tensor.float() * entry.tensors[f"s{name[1:]}"][..., "kv".index(name[0]), None]
         for name, tensor in entry.tensors.items()
-        if name[1] == "."
+        if name[0] != "s"
     }
     return dataclasses.replace(entry, tensors=tensors)
 
@@ -63,7 +63,7 @@ def test_a_row_is_off_by_half_a_step_at_most():
     plain = pack(keys, values, 5)
     kept = in_int8(plain)
     for name, tensor in plain.tensors.items():
-        scale = kept.tensors[f"{name[0]}s{name[1:]}"]
+        scale = kept.tensors[f"s{name[1:]}"][..., "kv".index(name[0]), None]
         assert kept.tensors[name].dtype == torch.int8 and scale.dtype == torch.float32
         assert torch.equal(scale[..., 0], tensor.abs().amax(-1) / 127)
         assert ((kept.tensors[name] * scale - tensor).abs() <= 0.5001 * scale).all()
@@ -191,11 +191,11 @@ def added(prompt, ids):
 def test_what_does_not_fit_is_called_corrupt(fault):
     entry = in_int8(pack([torch.randn(2, 9, 16)] * 2, [torch.randn(2, 9, 16)] * 2, 5))
     if fault == "no scales":
-        del entry.tensors["ks.0"], entry.tensors["vs.0"]
+        del entry.tensors["s.0"]
     elif fault == "scales of another shape":
-        entry.tensors["ks.0"] = entry.tensors["ks.0"].expand(-1, -1, -1, 2)
+        entry.tensors["s.0"] = entry.tensors["s.0"][..., :1]
     elif fault == "scales in float64":
-        entry.tensors["vs.0"] = entry.tensors["vs.0"].double()
+        entry.tensors["s.0"] = entry.tensors["s.0"].double()
     else:
         entry.tensors["k.0"] = entry.tensors["k.0"].view(torch.uint8)
     with pytest.raises(CorruptEntry):

@@ -68,28 +68,30 @@ def test_rows_in_int8_are_multiplied_out_before_they_turn(device, dtype, dim, v_
     end = starts[-1] + tokens[-1]
 
     def stored(width):
-        rows = [torch.randint(-127, 128, (LAYERS, HEADS, n, width), device=device).to(torch.int8) for n in tokens]
-        return rows, [torch.rand(LAYERS, HEADS, n, 1, device=device) for n in tokens]
+        return [torch.randint(-127, 128, (LAYERS, HEADS, n, width), device=device).to(torch.int8) for n in tokens]
 
-    (keys, key_scales), (values, value_scales) = stored(dim), stored(v_dim)
+    keys, values = stored(dim), stored(v_dim)
+    scales = [torch.rand(LAYERS, HEADS, n, 2, device=device) for n in tokens]
     cos = sin = None
     if rotary:
         angle = torch.randn(end, rotary // 2, device=device)
         cos, sin = angle.cos(), angle.sin()
-    placed = place_kernel.PlacedSegments(keys, values, starts, key_scales, value_scales)
+    placed = place_kernel.PlacedSegments(keys, values, starts, scales)
     k_out = torch.zeros(HEADS, end + 9, dim, dtype=dtype, device=device)[:, : end + 2]
     v_out = torch.zeros(HEADS, end + 5, v_dim, dtype=dtype, device=device)[:, : end + 1]
     for layer in range(LAYERS):
         placed.place(layer, cos, sin, layout == "interleaved", k_out, v_out)
         for i, (start, n) in enumerate(zip(starts, tokens, strict=True)):
             here = slice(start, start + n)
-            k = keys[i][layer].float() * key_scales[i][layer]
+            k = keys[i][layer].float() * scales[i][layer][..., :1]
             want = k if cos is None else rotate(k, cos[here], sin[here], layout)
             # a fused multiply-add may round the other way, and sums that cancel keep the products' error
             torch.testing.assert_close(
                 k_out[:, here].float(), want, rtol=torch.finfo(dtype).eps, atol=300 * torch.finfo(torch.float32).eps
             )
-            v = values[i][layer].float() * value_scales[i][layer]  # the interpreter cuts bfloat16 instead of rounding
+            v = (
+                values[i][layer].float() * scales[i][layer][..., 1:]
+            )  # the interpreter cuts bfloat16 instead of rounding
             torch.testing.assert_close(v_out[:, here].float(), v, rtol=torch.finfo(dtype).eps, atol=0)
         assert not k_out[:, : starts[0]].any() and not k_out[:, end:].any()
         assert not v_out[:, : starts[0]].any() and not v_out[:, end:].any()

@@ -27,6 +27,8 @@ KEY = "ab" * 32
 class _Event:
     def record(self, stream: Any = None) -> None: ...
     def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
 
 
 class _Stream:

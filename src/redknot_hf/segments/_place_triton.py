@@ -16,7 +16,7 @@ def place_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):  # fmt: skip
-    p_tile = p_tiles + tl.program_id(0) * 7
+    p_tile = p_tiles + tl.program_id(0) * 6
     i_h = tl.program_id(1).to(tl.int64)
     if QUANTISED:
         p_k = tl.load(p_tile).to(tl.pointer_type(tl.int8))
@@ -24,17 +24,18 @@ def place_kernel(
     else:
         p_k = tl.load(p_tile).to(tl.pointer_type(p_k_out.dtype.element_ty))
         p_v = tl.load(p_tile + 1).to(tl.pointer_type(p_v_out.dtype.element_ty))
-    tokens = tl.load(p_tile + 4)
-    start = tl.load(p_tile + 5)
-    first = tl.load(p_tile + 6)
+    tokens = tl.load(p_tile + 3)
+    start = tl.load(p_tile + 4)
+    first = tl.load(p_tile + 5)
     # [BLOCK]
     o_t = first + tl.arange(0, BLOCK)
     m_t = o_t < tokens
     o_source = (layer.to(tl.int64) * HEADS + i_h) * tokens + o_t
     o_target = start + o_t
     if QUANTISED:
-        b_ks = tl.load(tl.load(p_tile + 2).to(tl.pointer_type(tl.float32)) + o_source, mask=m_t, other=0.0)[:, None]
-        b_vs = tl.load(tl.load(p_tile + 3).to(tl.pointer_type(tl.float32)) + o_source, mask=m_t, other=0.0)[:, None]
+        p_s = tl.load(p_tile + 2).to(tl.pointer_type(tl.float32)) + 2 * o_source
+        b_ks = tl.load(p_s, mask=m_t, other=0.0)[:, None]
+        b_vs = tl.load(p_s + 1, mask=m_t, other=0.0)[:, None]
     # [BLOCK, 1]; addresses that were loaded carry no alignment, and without it every element would be loaded alone
     p_row = p_k + o_source[:, None] * D
     p_k_target = p_k_out + i_h * k_stride_h + o_target[:, None] * k_stride_t

@@ -8,9 +8,9 @@ Every row of every head is kept, those of local heads too: a row is needed where
 window behind it, and which rows those are is decided for each prompt. What a prompt does not need is not copied into
 it.
 
-An entry may be kept in int8, at half the bytes or less: each row of each head is divided by a scale of its own,
-``ks.<group>`` and ``vs.<group>`` float32 ``[layers, kv_heads, tokens, 1]``, and rounded. It is multiplied out where rows are
-placed.
+An entry may be kept in int8, at half the bytes or less: each row of each head is divided by a scale of its own and
+rounded. ``s.<group>`` float32 ``[layers, kv_heads, tokens, 2]`` holds the scales of keys and of values; rows are multiplied
+out where they are placed.
 """
 
 from __future__ import annotations
@@ -64,21 +64,21 @@ class SegmentRows:
     @property
     def quantised(self) -> bool:
         """Whether the rows are kept in int8."""
-        return "ks.0" in self.stacks
+        return "s.0" in self.stacks
 
     def key(self, layer: int) -> torch.Tensor:
         """``[kv_heads, tokens, dim]``; float32 if they are kept in int8."""
-        return self._part("k", layer)
+        return self._part("k", layer, 0)
 
     def value(self, layer: int) -> torch.Tensor:
         """``[kv_heads, tokens, dim]``; float32 if they are kept in int8."""
-        return self._part("v", layer)
+        return self._part("v", layer, 1)
 
-    def _part(self, part: str, layer: int) -> torch.Tensor:
+    def _part(self, part: str, layer: int, which: int) -> torch.Tensor:
         group, index = self.where[layer]
         stored = self.stacks[f"{part}.{group}"][index]
-        scales = self.stacks.get(f"{part}s.{group}")
-        return stored if scales is None else stored.float() * scales[index]
+        scales = self.stacks.get(f"s.{group}")
+        return stored if scales is None else stored.float() * scales[index][..., which, None]
 
     def shapes(self) -> list[tuple[int, int, int]]:
         """Per layer (kv_heads, key dim, value dim)."""
@@ -108,8 +108,9 @@ def in_int8(entry: SegmentEntry) -> SegmentEntry:
     Raises:
         RedKnotError: a row holds something that is not finite.
     """
-    tensors = {}
-    for name, tensor in entry.tensors.items():
+    tensors: dict[str, torch.Tensor] = {}
+    halves: dict[str, list[torch.Tensor]] = {}  # keys come first
+    for name, tensor in sorted(entry.tensors.items()):
         part, _, group = name.partition(".")
         rows = tensor.float().reshape(-1, 1, tensor.shape[-1])
         stored, scales = quantised(rows, torch.ones_like(rows[..., 0], dtype=torch.bool), torch.int8)
@@ -117,7 +118,8 @@ def in_int8(entry: SegmentEntry) -> SegmentEntry:
             kind = "keys" if part == "k" else "values"
             raise RedKnotError(f"kv_dtype='int8': some {kind} are not finite, so they cannot be kept so; leave it out")
         tensors[name] = stored.view(torch.int8).view(tensor.shape)
-        tensors[f"{part}s.{group}"] = scales.view(*tensor.shape[:-1], 1)
+        halves.setdefault(f"s.{group}", []).append(scales.view(tensor.shape[:-1]))
+    tensors.update((name, torch.stack(both, -1)) for name, both in halves.items())
     return replace(entry, tensors=tensors)
 
 
@@ -156,11 +158,11 @@ def inspect(
             f"{tokens} from {start} in {layers}"
         )
     for name, tensor in entry.tensors.items():
-        scales = in_int8 and name[1:2] == "s"
+        scales = in_int8 and name.startswith("s.")
         stored = torch.float32 if scales else torch.int8 if in_int8 else dtype
         if tensor.dim() != 4 or tensor.shape[2] != tokens or tensor.dtype != stored:
             raise CorruptEntry(f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {stored} with {tokens} tokens")
-    parts = ("k", "v", "ks", "vs") if in_int8 else ("k", "v")
+    parts = "kvs" if in_int8 else "kv"
     counts = [groups.count(group) for group in range(len(entry.tensors) // len(parts))]
     expected = {f"{part}.{group}": count for group, count in enumerate(counts) for part in parts}
     found = {name: tensor.shape[0] for name, tensor in entry.tensors.items()}
@@ -169,9 +171,9 @@ def inspect(
     if any(entry.tensors[f"k.{g}"].shape[1] != entry.tensors[f"v.{g}"].shape[1] for g in range(len(counts))):
         raise CorruptEntry("keys and values have different numbers of heads")
     if in_int8:
-        for name in (f"{part}.{group}" for group in range(len(counts)) for part in "kv"):
-            if entry.tensors[name[0] + "s" + name[1:]].shape != (*entry.tensors[name].shape[:3], 1):
-                raise CorruptEntry(f"{name} and its scales do not agree")
+        for group in range(len(counts)):
+            if entry.tensors[f"s.{group}"].shape != (*entry.tensors[f"k.{group}"].shape[:3], 2):
+                raise CorruptEntry(f"k.{group} and its scales do not agree")
     if not isinstance(shapes, int):
         found_shapes = SegmentRows(entry.tensors, groups, start, "", 0).shapes()
         if found_shapes != list(shapes):

@@ -40,7 +40,7 @@ class PlacedSegments:
     Args:
         keys, values: per segment ``[layers, kv_heads, tokens, dim]``, contiguous, all alike but for the tokens.
         starts: per segment the prompt position of its first token.
-        key_scales, value_scales: fp32 ``[layers, kv_heads, tokens, 1]`` per segment if keys and values are int8.
+        scales: fp32 ``[layers, kv_heads, tokens, 2]`` of keys and values per segment, if those are int8.
 
     The tensors must live until the copies have run.
     """
@@ -48,19 +48,13 @@ class PlacedSegments:
     keys: Sequence[torch.Tensor]
     values: Sequence[torch.Tensor]
     starts: Sequence[int]
-    key_scales: Sequence[torch.Tensor] = ()
-    value_scales: Sequence[torch.Tensor] = ()
+    scales: Sequence[torch.Tensor] = ()
 
     def __post_init__(self) -> None:
-        self._quantised = bool(self.key_scales)
-        if self._quantised:
-            stacks = zip(self.keys, self.values, self.key_scales, self.value_scales, strict=True)
-        else:
-            stacks = zip(
-                self.keys, self.values, self.keys, self.values, strict=True
-            )  # in the place of scales, not read
+        self._quantised = bool(self.scales)
+        scales = self.scales if self._quantised else self.keys  # which are not read as such
         rows = []
-        for tensors, start in zip(stacks, self.starts, strict=True):
+        for *tensors, start in zip(self.keys, self.values, scales, self.starts, strict=True):
             addresses, tokens = [tensor.data_ptr() for tensor in tensors], tensors[0].shape[2]
             rows += [(*addresses, tokens, start, first) for first in range(0, tokens, BLOCK)]
         self._aligned = math.gcd(16, *(row[i] for row in rows for i in (0, 1)))

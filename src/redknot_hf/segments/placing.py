@@ -189,11 +189,11 @@ class Loader:
         for quantised in (False, True):
             places = [place for place in self.places if place.rows.quantised == quantised]
             if places:
-                parts = ("k", "v", "ks", "vs") if quantised else ("k", "v")
-                stacks = [[place.rows.stacks[f"{part}.{group}"].contiguous() for place in places] for part in parts]
-                found.append(
-                    place_kernel.PlacedSegments(stacks[0], stacks[1], [place.start for place in places], *stacks[2:])
-                )
+                parts = "kvs" if quantised else "kv"
+                keys, values, *scales = [
+                    [place.rows.stacks[f"{part}.{group}"].contiguous() for place in places] for part in parts
+                ]
+                found.append(place_kernel.PlacedSegments(keys, values, [place.start for place in places], *scales))
         return found
 
     def _bring(self, layer: SpliceLayer, heads: np.ndarray, missing: np.ndarray) -> None:

@@ -446,7 +446,7 @@ class SegmentedPrompt:
         keys = [*head, *resolved[:1], *map(self._elsewhere, resolved[1:])]
         names = [key.hex for key in (*head, *resolved)]
         query_ids = self._ids(query, "query")
-        ids = torch.tensor([i for key in keys for i in key.token_ids] + query_ids)
+        ids = torch.from_numpy(np.concatenate([*(key.ids for key in keys), np.array(query_ids, np.int64)]))
         length = len(ids)
         if not length:
             raise RedKnotError("the prompt is empty: give segments, a query or a header")

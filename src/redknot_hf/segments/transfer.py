@@ -25,7 +25,8 @@ __all__ = ["Upload"]
 
 logger = logging.getLogger(__name__)
 
-WORKERS = 16
+WORKERS = 16  # where they hash
+READERS = 8  # where they only read: more are no quicker, and take the interpreter's lock from who launches the forward
 BUFFERS = 2  # of each worker: one is filled while the other is on its way
 # Read and sent at a time, a multiple of PIECE_BYTES. Larger runs leave the interpreter's lock to the thread that launches
 # the forward, smaller ones bring the first layer sooner.
@@ -102,7 +103,7 @@ class Upload:
         self._error: BaseException | None = None
         self._stream = torch.cuda.Stream(self.device)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))  # the memory may have been somebody else's
-        workers = max(1, min(WORKERS, (os.cpu_count() or 1) - 1, len(runs)))
+        workers = max(1, min(WORKERS if self._checks else READERS, (os.cpu_count() or 1) - 1, len(runs)))
         self._pool = ThreadPoolExecutor(workers)
         self._workers = [self._pool.submit(self._work) for _ in range(workers)]
 
@@ -170,17 +171,20 @@ class Upload:
                 turn = len(ring) - 1
             else:
                 turn = (turn + 1) % BUFFERS
-                ring[turn][2].synchronize()
+                if not ring[turn][2].query():  # which keeps the interpreter's lock, and is nearly always enough
+                    ring[turn][2].synchronize()
             buffer, content, event = ring[turn]
+            if size < RUN_BYTES:
+                buffer, content = buffer[:size], content[:size]
             if run.file is None:
                 # numpy copies on this thread, without the GIL; torch would start threads of its own on each of ours
-                np.copyto(content[:size], run.source)
+                np.copyto(content, run.source)
             else:
-                self._read(run, run.file, content[:size].data)
-            run.target.copy_(buffer[:size], non_blocking=True)
+                self._read(run, run.file, content.data)
+            run.target.copy_(buffer, non_blocking=True)
             event.record()
             last = self._sent(run)
-            self._done(run, content[:size])
+            self._done(run, content)
 
     def _read(self, run: _Run, file: FileSource, into: memoryview) -> None:
         done = 0
@@ -202,13 +206,15 @@ class Upload:
 
     def _done(self, run: _Run, content: np.ndarray) -> None:
         """Read and sent; here it is hashed if that is not for the GPU to do."""
+        if run.entry in self._hashed_on_gpu:
+            return
         check = self._checks.get(run.entry)
         hashes = check.leaves(content) if check is not None else ()
         with self._ready:
             self._hashes[run.entry].update(enumerate(hashes, run.leaf))
             self._of_entry[run.entry] -= 1
             last = not self._of_entry[run.entry]
-        if not last or run.entry in self._hashed_on_gpu:
+        if not last:
             return
         leaves = self._hashes[run.entry]
         self._checks.pop(run.entry, None)  # it holds the entry's file mapped
