@@ -35,6 +35,7 @@ import csv
 import gzip
 import itertools
 import json
+import math
 import platform
 import random
 import sys
@@ -53,9 +54,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redknot_hf import HeadProfile, RedKnotCache, __version__
 from redknot_hf.segments.prompt import SegmentedPrompt
-from redknot_hf.segments.rows import attention_weights
 from redknot_hf.segments.select import Blend, Boundary, KVDeviation, PromptView, QueryAttention
-from redknot_hf.segments.splice import Observer
 from redknot_hf.segments.stores import SegmentStore
 
 MARK = "<<<documents>>>"
@@ -99,33 +98,6 @@ class BoundaryThenRetrieval:
         return answer, view.offsets() >= self.boundary, self.paper.heads
 
 
-class MostAttention(Observer):
-    """Boundary rows, then those that some row of the query attends to most: the largest weight instead of the mean.
-
-    Args:
-        profile: only its heads that are not local; None: all.
-    """
-
-    def __init__(self, profile: HeadProfile | None, boundary: int = 8):
-        self.heads = None if profile is None else PaperHeads(profile).heads
-        self.boundary, self.total = boundary, None
-
-    def queries(self, layer: Any, rows: Any, q: torch.Tensor, spec: Any) -> None:
-        weights = attention_weights(q, rows, layer.k[:, :, : layer.cache.length], layer.sink, layer.window, spec)[0]
-        if self.heads is not None:
-            weights = weights[torch.from_numpy(self.heads[layer.index]).to(q.device)]
-        new = weights.amax(2).sum((0, 1))
-        self.total = new if self.total is None else self.total + new
-
-    def __call__(self, view: PromptView) -> np.ndarray:
-        self.total = None
-        view.run(np.unique(np.append(view.query, view.length - 1)), self)
-        score = self.total.double().cpu().numpy()
-        score = score / max(score[view.eligible].max(initial=0.0), 1e-300)
-        first = view.offsets() < self.boundary
-        return np.where(first, 2.0 + self.boundary - np.minimum(view.offsets(), self.boundary), score)
-
-
 def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]:
     known = [
         Variant("naive", alone=True, relocate=False, ratios=(0.0,)),
@@ -140,15 +112,14 @@ def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]
         Variant("paper", PaperHeads(profile), ratios=(1.0,)),
         Variant("boundary_retrieval", BoundaryThenRetrieval(profile, 8)),
         Variant("ours", Blend()),
-        Variant("heads", MostAttention(profile)),
-        Variant("most", MostAttention(None)),
-        Variant("most0", MostAttention(None, 0)),
+        Variant("sharp", Blend(power=2)),
+        Variant("largest", Blend(power=math.inf)),
         Variant("bfloat16", ratios=(1.0,), dtype="bfloat16"),  # the full prefill itself, in another precision
         Variant("full", ratios=(1.0,)),
     ]
-    for text in args.blend or []:  # boundary:layer:attention:deviation[:share]
-        b, l, a, d, *share = text.split(":")
-        known.append(Variant(f"blend {text}", Blend(int(b), int(l), float(a), float(d), *map(float, share))))
+    for text in args.blend or []:  # boundary:layer:attention:deviation[:share[:power]]
+        b, l, a, d, *rest = text.split(":")
+        known.append(Variant(f"blend {text}", Blend(int(b), int(l), float(a), float(d), *map(float, rest))))
     if not args.variants:
         return known
     by_name = {variant.name: variant for variant in known}
@@ -431,7 +402,7 @@ def parse() -> argparse.Namespace:
         help="only these; @SOURCE:N[:T]: captures are means over N contexts of T tokens, from corpus or text",
     )
     parser.add_argument(
-        "--blend", nargs="+", metavar="B:L:A:D[:S]", help="more: boundary:layer:attention:deviation:share"
+        "--blend", nargs="+", metavar="B:L:A:D[:S[:P]]", help="more: boundary:layer:attention:deviation:share:power"
     )
     parser.add_argument("--context-text", type=Path, help="for text:N: a .gz of text")
     parser.add_argument("--profile", help="head map of the head-wise variants; default: shipped, else spread")

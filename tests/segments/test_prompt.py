@@ -16,8 +16,9 @@ from redknot_hf.segments.capture import capture
 from redknot_hf.segments.entry import pack, unpack
 from redknot_hf.segments.placing import Loader, Place
 from redknot_hf.segments.prompt import SegmentedPrompt
+from redknot_hf.segments.rows import attention_weights
 from redknot_hf.segments.select import Blend, Boundary, KVDeviation, QueryAttention
-from redknot_hf.segments.splice import SpliceCache
+from redknot_hf.segments.splice import Observer, SpliceCache
 from redknot_hf.segments.stores import SegmentStore
 from redknot_hf.segments.transfer import Upload
 
@@ -316,6 +317,31 @@ def test_what_a_selector_measures_is_right():
     for (k, v), want in zip(seen["layers"], whole.layers, strict=False):
         assert (k[:, :, :end] - want.keys[:, :, :end]).abs().max() < EXACT
         assert (v[:, :, :end] - want.values[:, :, :end]).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 4.0, float("inf")])
+def test_powers_of_the_attention_are_averaged_or_the_largest_is_taken(power):
+    class Look(Observer):
+        def __init__(self, length):
+            self.length, self.weights = length, []
+
+        def queries(self, layer, rows, q, spec):
+            keys = layer.k[:, :, : self.length]
+            self.weights.append(attention_weights(q, rows, keys, layer.sink, layer.window, spec)[0])
+
+    def spy(view):
+        look = Look(view.length)
+        view.run(view.query, look)
+        for share, layers in ((1.0, 4), (0.5, 2)):
+            weights = torch.stack(look.weights[:layers]).flatten(0, 3).double()  # [layers * heads * query, N]
+            want = weights.amax(0) if power == float("inf") else weights.pow(power).mean(0)
+            got = view.query_attention(share, power)
+            np.testing.assert_allclose(got, want.numpy(), rtol=1e-4, atol=1e-9)
+        return np.zeros(view.length)
+
+    model = tiny("llama")
+    assert len(model.model.layers) == 4
+    prompt_of(model).build([DOCUMENTS[0], DOCUMENTS[1]], QUERY, 0.2, spy)
 
 
 def test_a_share_of_the_layers_is_measured_without_running_the_others():

@@ -18,6 +18,7 @@ What this module does not know: stores, relocation, and how rows are computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -112,19 +113,22 @@ class PromptView:
             self._found["deviation", layer] = watch.result
         return self._found["deviation", layer]
 
-    def query_attention(self, share: float = 1.0) -> np.ndarray:
-        """fp32 ``[N]``: attention of the query on each position, over the stored rows, mean over layers and heads.
+    def query_attention(self, share: float = 1.0, power: float = 1.0) -> np.ndarray:
+        """fp32 ``[N]``: attention of the query on each position, over the stored rows.
 
         Args:
             share: of the layers, from the first on; the later ones are not run.
+            power: the mean over these layers, their heads and the query's tokens is of the attention to this power.
+                The larger, the more a row counts that one head looks at sharply against one that many glance at;
+                ``inf``: the largest attention of all.
         """
         last = max(1, round(share * len(self.cache.layers))) - 1
-        if ("attention", last) not in self._found:
-            watch = _Attention(self.length, last)
+        if ("attention", last, power) not in self._found:
+            watch = _Attention(self.length, last, power)
             positions = np.unique(np.concatenate([self.query, [self.length - 1]]))
             self.run(positions, watch)
-            self._found["attention", last] = watch.result()
-        return self._found["attention", last]
+            self._found["attention", last, power] = watch.result()
+        return self._found["attention", last, power]
 
 
 class _Deviation(Observer):
@@ -147,16 +151,23 @@ class _Deviation(Observer):
 
 
 class _Attention(Observer):
-    def __init__(self, length: int, last: int):
-        self.length, self.last = length, last
+    def __init__(self, length: int, last: int, power: float):
+        self.length, self.last, self.power = length, last, power
         self.total: torch.Tensor | None = None
         self.count = 0
 
     def queries(self, layer: SpliceLayer, rows: RowSet, q: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
         assert layer.k is not None and layer.v is not None
         weights = attention_weights(q, rows, layer.k[:, :, : self.length], layer.sink, layer.window, spec)
-        mass = weights[0].mean((0, 1, 2))
-        self.total = mass if self.total is None else self.total + mass
+        largest = math.isinf(self.power)
+        if largest:
+            mass = weights[0].amax((0, 1, 2))
+        else:
+            mass = (weights[0] if self.power == 1 else weights[0] ** self.power).mean((0, 1, 2))
+        if self.total is None:
+            self.total = mass
+        else:
+            self.total = torch.maximum(self.total, mass) if largest else self.total + mass
         self.count += 1
         if layer.index >= self.last < len(layer.cache.layers) - 1:
             raise KeysComplete
@@ -166,7 +177,7 @@ class _Attention(Observer):
 
     def result(self) -> np.ndarray:
         assert self.total is not None
-        return (self.total / self.count).cpu().numpy()
+        return (self.total if math.isinf(self.power) else self.total / self.count).cpu().numpy()
 
 
 class Selector(Protocol):
@@ -215,6 +226,7 @@ class Blend:
         attention: exponent of the query's attention; 0 leaves it out and saves its pass.
         share: of the layers whose attention counts, from the first on. The query runs through these alone: the last third
             told nothing new where it was measured.
+        power: what is averaged is the attention to this power (see `PromptView.query_attention`).
         deviation: exponent of the deviation; 0 leaves it out and saves the early layers. At equal rows the deviation in
             layer 1 added nothing to the attention; in layer 6 it did, for the price of seven layers over all rows.
     """
@@ -224,11 +236,12 @@ class Blend:
     attention: float = 1.0
     deviation: float = 0.0
     share: float = 2 / 3
+    power: float = 1.0
 
     def __call__(self, view: PromptView) -> np.ndarray:
         score = np.ones(view.length)
         if self.attention:
-            score = score * view.query_attention(self.share).astype(np.float64) ** self.attention
+            score = score * view.query_attention(self.share, self.power).astype(np.float64) ** self.attention
         if self.deviation:
             score = score * view.kv_deviation(self.layer).astype(np.float64) ** self.deviation
         score = score / max(score[view.eligible].max(initial=0.0), 1e-300)
