@@ -16,6 +16,7 @@ from redknot_hf import HeadProfile, RedKnotCache, RedKnotError
 from redknot_hf.errors import CacheError, PoolExhausted
 from redknot_hf.paging import resident
 from redknot_hf.paging.bounds import PICKED, RUNNER_UP, pick_pages, rank_pages, upper_bounds
+from redknot_hf.paging.pool import PagePool
 from redknot_hf.paging.resident import ResidentPages
 from redknot_hf.paging.tiers import TieredPages
 
@@ -322,7 +323,9 @@ def test_the_least_recently_wanted_page_makes_room():
     absent = here.look_for(wanted(6, 12))
     placed = here.place(absent, wanted(6, 7, 9, 10, 11))  # one slot is free to go: that of page 8
     assert placed[1].tolist() == [12, 12]
-    here.bring((archive[0], archive[1]), placed[1] + 20 * placed[0], placed)
+    source = PagePool(4, 3, 5, torch.float32, torch.device("cpu"))
+    source.k, source.v = archive[0], archive[1]
+    here.bring(source, placed[1] + 20 * placed[0], placed)
     assert step(6, 7, 9, 10, 11, 12) == []
     here.forget_from(9)
     assert step(12) == [12] and step(7) == []

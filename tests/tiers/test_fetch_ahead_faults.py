@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from redknot_hf.paging import resident
+from redknot_hf.paging.pool import PagePool
 from redknot_hf.paging.resident import ResidentPages
 
 PAGES, SIZE, DIM = 6, 4, 8
@@ -26,11 +27,12 @@ def wanting(*pages: int) -> np.ndarray:
 
 def bringing(page: int) -> ResidentPages:
     """A page is on its way."""
-    slabs = torch.randn(PAGES, SIZE, DIM), torch.randn(PAGES, SIZE, DIM)
+    source = PagePool(SIZE, DIM, DIM, torch.float32, CPU, capacity=PAGES)
+    source.k.normal_(), source.v.normal_()
     here = ResidentPages(1, SIZE, DIM, DIM, torch.float32, CPU)
     here.look(wanting(0), 4)
     placed = here.place(wanting(page), wanting(page))
-    here.bring(slabs, placed[1], placed)
+    here.bring(source, placed[1], placed)
     return here
 
 

@@ -2,9 +2,9 @@
 
 Queries of consecutive steps are alike, so a step mostly picks the pages of the step before it and some that came close
 then. A `ResidentPages` keeps a number of pages per head, the least recently wanted ones making room, and brings the
-runners-up of a step from the archive while the other layers compute: a thread gathers them on the host, a stream of its
-own carries them. The step that asks then finds them here. What it does not find it fetches itself: a prediction that was
-wrong costs time and changes nothing.
+runners-up of a step from the archive while the other layers compute, on a stream of its own: the GPU reads page-locked
+pages itself, others are gathered by a thread on the host. The step that asks then finds them here. What it does not find it
+fetches itself: a prediction that was wrong costs time and changes nothing.
 
 This module does not know how pages are picked, nor where the archive is. Pages are numbered as a head counts them, so a
 number means the same tokens for as long as no tokens are taken back.
@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .pool import _is_out_of_memory, upload
+from .cold_pools import HostPool, fetch_pages
+from .pool import PagePool, _is_out_of_memory, upload
 
 __all__ = ["FetchCounts", "ResidentPages"]
 
@@ -172,6 +173,10 @@ class ResidentPages:
         for half, pages in ((self.k, k), (self.v, v)):
             half.flatten(0, 1).index_copy_(0, index, pages)
 
+    def fill_from(self, source: HostPool, numbers: np.ndarray, placed: tuple[np.ndarray, ...]) -> None:
+        """Pages ``numbers`` (int64 ``[n]``) of a pool that this device reads into the slots ``placed``, as `place` gave them."""
+        fetch_pages(source, numbers, self.k.flatten(0, 1), self.v.flatten(0, 1), placed[0] * self.slots + placed[2])
+
     def read(self, heads: np.ndarray, pages: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages ``[h, n]`` of ``heads [h]``, all of them here: two ``[1, h, n * page_size, dim]``."""
         slot = self._slot_of[heads[:, None], pages] + heads[:, None] * self.slots
@@ -185,17 +190,17 @@ class ResidentPages:
     # ------------------------------------------------------------------------------------------------- ahead
     def bring(
         self,
-        slabs: tuple[torch.Tensor, torch.Tensor],
+        source: PagePool,
         numbers: np.ndarray,
         placed: tuple[np.ndarray, ...],
         way: str = "thread",
     ) -> None:
-        """Begin to copy pages ``numbers`` (int64 ``[n]``) of host slabs into the slots ``placed``, as `place` gave them.
+        """Begin to copy pages ``numbers`` (int64 ``[n]``) of a pool into the slots ``placed``, as `place` gave them.
 
         Whatever the stream of this device was told to do before is done first, so slots that it still reads are safe.
 
         Args:
-            way: ``"thread"``, or ``"now"``: at once, where nothing would overlap.
+            way: ``"thread"``; ``"device"``, which reads them itself; ``"now"``: at once, where nothing would overlap.
         """
         head, page, slot = placed
         ready = stream = None
@@ -205,10 +210,19 @@ class ResidentPages:
             for half in (self.k, self.v):
                 half.record_stream(stream)  # its memory must not be given away before the copy is done
             ready = torch.cuda.current_stream(self.device).record_event()
-        halves = self.k.flatten(0, 1), self.v.flatten(0, 1)
+        if way == "device":
+            assert stream is not None and ready is not None and isinstance(source, HostPool)
+            done: Future = Future()
+            with torch.cuda.stream(stream):
+                stream.wait_event(ready)
+                self.fill_from(source, numbers, placed)
+                done.set_result(stream.record_event())
+            self._coming = done, head, page
+            return
+        slabs, halves = (source.k, source.v), (self.k.flatten(0, 1), self.v.flatten(0, 1))
         job = slabs, torch.from_numpy(numbers), halves, torch.from_numpy(head * self.slots + slot), stream, ready
         if way == "now":
-            done: Future = Future()
+            done = Future()
             try:
                 done.set_result(_copy(*job))
             except (RuntimeError, MemoryError) as error:

@@ -15,7 +15,7 @@ import torch
 
 from . import torch_attention
 from .bounds import PICKED, RUNNER_UP, PageBounds, rank_pages, upper_bounds
-from .cold_pools import FilePool, side_stream, upload_pages
+from .cold_pools import FilePool, HostPool, fetch_pages, read_by_device, side_stream, upload_pages
 from .pages import LayerPages
 from .pool import PagePool, upload
 from .resident import FetchCounts, ResidentPages
@@ -165,7 +165,12 @@ class FarHeads:
         asked, late = int(chosen.sum()), int(missing.sum())
         self._count(asked=asked, found=asked - late, late=late)
         if late:
-            head, page, slot = here.place(missing, chosen)
+            head, page, slot = placed = here.place(missing, chosen)
+            source = self.pages.settled(self.pages.lag).pool
+            if read_by_device(source, pool.k.device):
+                assert isinstance(source, HostPool)
+                here.fill_from(source, table[head, page], placed)
+                return here
             k, v = self._fetch(table[head, page][None])
             size = (late, pool.page_size, -1)
             here.fill(head, slot, k.view(size), v.view(size))
@@ -179,11 +184,13 @@ class FarHeads:
         placed = here.place(absent, rank > 0)
         if len(placed[0]):
             pool = self.pages.settled(self.pages.lag).pool
-            here.bring((pool.k, pool.v), table[placed[0], placed[1]], placed, self._way(pool))
+            here.bring(pool, table[placed[0], placed[1]], placed, self._way(pool))
             self._count(ahead=len(placed[0]))
 
     def _way(self, source: PagePool) -> str:
         """Who brings pages ahead of a step; see `ResidentPages.bring`."""
+        if read_by_device(source, self.pages.pool.k.device):
+            return "device"
         if self.pages.pool.k.device.type != "cpu" or isinstance(source, FilePool):  # a file may have to be read first
             return "thread"
         return "now"
@@ -199,8 +206,16 @@ class FarHeads:
     def _fetch(self, picked: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages ``[heads, count]`` of the archive -> two ``[1, heads, count * page_size, dim]`` on the device."""
         pool, device = self.pages.settled(self.pages.lag).pool, self.pages.pool.k.device
-        index = torch.from_numpy(picked.ravel())
         halves = []
+        if read_by_device(pool, device):
+            assert isinstance(pool, HostPool)
+            halves = [
+                torch.empty(picked.size, *slab.shape[1:], dtype=slab.dtype, device=device) for slab in (pool.k, pool.v)
+            ]
+            fetch_pages(pool, picked.ravel(), halves[0], halves[1], np.arange(picked.size))
+            k, v = (half.view(1, len(picked), -1, half.shape[2]) for half in halves)
+            return k, v
+        index = torch.from_numpy(picked.ravel())
         with side_stream(device, wait_after=True) as main:
             for slab in (pool.k, pool.v):
                 halves.append(upload_pages(slab, index, device, main).view(1, len(picked), -1, slab.shape[2]))
