@@ -125,9 +125,9 @@ def main() -> int:
         cache: Any = DynamicCache(config=config, **given) if profile is None else RedKnotCache(config, profile, **given)
         torch.backends.cuda.enable_cudnn_sdp("cuDNN off" not in arm)
         row, logits = measure(model, cache, ids, args, forget=arm == "none kept")
-        torch.backends.cuda.enable_cudnn_sdp(True)
         if args.profile:
             profile_step(model, cache, ids, args, arm)
+        torch.backends.cuda.enable_cudnn_sdp(True)
         del cache
         if "retrieve" in given:
             reference = logits if reference is None else reference
@@ -205,7 +205,7 @@ def profile_step(model: Any, cache: Any, ids: Any, args: argparse.Namespace, arm
 
     import torch
 
-    profile, text = cProfile.Profile(), io.StringIO()
+    text = io.StringIO()
     position = args.tokens + args.steps + args.warm
     where = torch.tensor([[position]], device=model.device)
     with torch.no_grad():

@@ -102,6 +102,7 @@ def test_the_printed_capacity_is_what_a_gpu_holds(tmp_path, capsys):
         ("head_aware", profile, context), ("paged", every, context), ("head_aware in chunks", profile, 2048)
     ):  # fmt: skip
         gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()  # those of earlier tests, which the reserve counts as this process's
         torch.cuda.empty_cache()
         outside = torch.cuda.memory_allocated() - weights  # what earlier tests left
         total = torch.cuda.get_device_properties(0).total_memory
@@ -125,9 +126,7 @@ def test_the_printed_capacity_is_what_a_gpu_holds(tmp_path, capsys):
         ]  # fmt: skip
         del caches, cache
     print(json.dumps({"printed": printed, "fits": fits, "memory": memories}))
-    # what earlier tests left was given on top; part of it are workspaces that the reserve counts as well
-    again = memories["head_aware"][3] / printed["head_aware_bytes"]
-    assert printed["separate"] <= fits["head_aware"] <= 1.2 * printed["separate"] + 1 + again
+    assert printed["separate"] <= fits["head_aware"] <= 1.2 * printed["separate"] + 1
     assert printed["separate"] <= fits["head_aware in chunks"]
     assert printed["paged"] <= fits["paged"]
     assert printed["paged"] < printed["separate"] <= printed["head_aware"] <= printed["fixed"]

@@ -7,6 +7,7 @@ their own. What a head sees must not depend on any of it.
 from __future__ import annotations
 
 import copy
+import pydoc_data.topics
 
 import numpy as np
 import pytest
@@ -221,3 +222,20 @@ def make_plain(model, cache):
     plain.kv_dtype = None
     plain.set_profile(cache.profile)
     return plain
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_the_real_model_reads_far_pages_as_a_global_head(smollm2, device):
+    """SmolLM2 on real text: all far pages give the global text, and some give one text however they come."""
+    if device == "cuda":
+        smollm2 = copy.deepcopy(smollm2[0]).to(device), smollm2[1]  # the fixture serves other tests on the CPU
+    real, tokenizer = smollm2
+    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    ids = tokenizer(text[:6000], return_tensors="pt").input_ids[:, :600].to(device)
+    layers, heads = real.config.num_hidden_layers, real.config.num_key_value_heads
+    profile = HeadProfile(layers, heads, [["retrieval"] * heads] * layers, 0, 0)
+    caches = [RedKnotCache(real.config, HeadProfile.all_global(real.config))]
+    for options in ({}, {"retrieve": 8}, {"retrieve": 8, "resident_pages": 0}):
+        caches.append(RedKnotCache(real.config, profile, cold="cpu", near_tokens=64, page_size=16, **options))
+    texts = [real.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False) for cache in caches]
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[2], texts[3])

@@ -10,10 +10,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from session_helpers import prompt, tiny_model
 
+from redknot_hf import HeadProfile, RedKnotCache
 from redknot_hf.paging import resident
 from redknot_hf.paging.pool import PagePool
 from redknot_hf.paging.resident import ResidentPages
+from redknot_hf.paging.retrieval import FarHeads
 
 PAGES, SIZE, DIM = 6, 4, 8
 CPU = torch.device("cpu")
@@ -70,3 +73,22 @@ def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have(monkey
     gate.set()
     assert status == 0
     assert not here.look(wanting(3), 4).any()  # here it has come
+
+
+def test_what_a_step_could_not_fetch_is_not_here(monkeypatch):
+    """The memory ends in the middle of a step; whoever goes on must not read slots that nobody filled."""
+    model = tiny_model(head_dim=64)
+    shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
+    profile = HeadProfile(*shape, [["retrieval"] * shape[1]] * shape[0], 0, 0)
+    cache = RedKnotCache(model.config, profile, cold="cpu", retrieve=2, near_tokens=32, page_size=16)
+
+    def fails(*_):
+        raise MemoryError("no room")
+
+    with torch.no_grad():
+        model(prompt(1, 300, 0), past_key_values=cache)
+        monkeypatch.setattr(FarHeads, "_fetch", fails)
+        with pytest.raises(MemoryError, match="no room"):
+            model(prompt(1, 1, 1), past_key_values=cache)
+    (here,) = cache.layers[0].pages.far.resident
+    assert here.slots > 0 and here.look_for(np.ones((shape[1], 5), bool)).all()

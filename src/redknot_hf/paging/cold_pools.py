@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def side_stream(device: torch.device, wait_after: bool) -> Iterator[torch.cuda.S
         main.wait_stream(stream)
 
 
-def read_by_device(pool: PagePool, device: torch.device) -> bool:
+def read_by_device(pool: PagePool, device: torch.device) -> TypeGuard[HostPool]:
     """Whether programs on ``device`` read single pages of this pool in place, instead of the host gathering them."""
     return device.type == "cuda" and isinstance(pool, HostPool) and pool.pinned and _have_triton()
 

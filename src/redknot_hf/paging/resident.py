@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from .cold_pools import HostPool, fetch_pages
+from .cold_pools import HostPool, fetch_pages, read_by_device
 from .pool import PagePool, _is_out_of_memory, upload
 
 __all__ = ["FetchCounts", "ResidentPages"]
@@ -200,7 +202,7 @@ class ResidentPages:
         Whatever the stream of this device was told to do before is done first, so slots that it still reads are safe.
 
         Args:
-            way: ``"thread"``; ``"device"``, which reads them itself; ``"now"``: at once, where nothing would overlap.
+            way: ``"thread"``, where the device does not read the pool itself; ``"now"``: at once, as nothing would overlap.
         """
         head, page, slot = placed
         ready = stream = None
@@ -210,26 +212,35 @@ class ResidentPages:
             for half in (self.k, self.v):
                 half.record_stream(stream)  # its memory must not be given away before the copy is done
             ready = torch.cuda.current_stream(self.device).record_event()
-        if way == "device":
-            assert stream is not None and ready is not None and isinstance(source, HostPool)
-            done: Future = Future()
-            with torch.cuda.stream(stream):
-                stream.wait_event(ready)
-                self.fill_from(source, numbers, placed)
-                done.set_result(stream.record_event())
-            self._coming = done, head, page
-            return
-        slabs, halves = (source.k, source.v), (self.k.flatten(0, 1), self.v.flatten(0, 1))
-        job = slabs, torch.from_numpy(numbers), halves, torch.from_numpy(head * self.slots + slot), stream, ready
-        if way == "now":
+        work: Callable[[], torch.cuda.Event | None]
+        if stream is not None and ready is not None and read_by_device(source, self.device):
+            way, work = "now", partial(self._read_by_device, source, numbers, placed, stream, ready)
+        else:
+            slabs, halves = (source.k, source.v), (self.k.flatten(0, 1), self.v.flatten(0, 1))
+            into = torch.from_numpy(head * self.slots + slot)
+            work = partial(_copy, slabs, torch.from_numpy(numbers), halves, into, stream, ready)
+        if way == "thread":
+            done, self._process = worker.submit(work), os.getpid()
+        else:
             done = Future()
             try:
-                done.set_result(_copy(*job))
-            except (RuntimeError, MemoryError) as error:
+                done.set_result(work())
+            except Exception as error:  # `_arrive` raises it, if it is not for want of memory
                 done.set_exception(error)
-        else:
-            done, self._process = worker.submit(_copy, *job), os.getpid()
         self._coming = done, head, page
+
+    def _read_by_device(
+        self,
+        source: HostPool,
+        numbers: np.ndarray,
+        placed: tuple[np.ndarray, ...],
+        stream: torch.cuda.Stream,
+        ready: torch.cuda.Event,
+    ) -> torch.cuda.Event:
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            self.fill_from(source, numbers, placed)
+            return stream.record_event()
 
     def _arrive(self) -> None:
         """Wait for what was fetched ahead; usually it has come long ago."""
@@ -241,13 +252,17 @@ class ResidentPages:
                 raise MemoryError("the thread that fetched is in the process that this one was forked from")
             done = job.result()
         except BaseException as error:
-            slot = self._slot_of[head, page]  # as if it had not been tried: nobody may read what did not come
-            self._page_in[head, slot] = self._slot_of[head, page] = -1
+            self.forget(head, page)
             if not isinstance(error, Exception) or not _is_out_of_memory(error):
                 raise
             return
         if done is not None:
             torch.cuda.current_stream(self.device).wait_event(done)
+
+    def forget(self, head: np.ndarray, page: np.ndarray) -> None:
+        """As if these had never been placed: nobody may read what did not come."""
+        slot = self._slot_of[head, page]
+        self._page_in[head, slot] = self._slot_of[head, page] = -1
 
     def forget_from(self, page: int) -> None:
         """Forget the pages from this one on: their tokens are taken back."""

@@ -15,7 +15,7 @@ import torch
 
 from . import torch_attention
 from .bounds import PICKED, RUNNER_UP, PageBounds, rank_pages, upper_bounds
-from .cold_pools import FilePool, HostPool, fetch_pages, read_by_device, side_stream, upload_pages
+from .cold_pools import FilePool, fetch_pages, read_by_device, side_stream, upload_pages
 from .pages import LayerPages
 from .pool import PagePool, upload
 from .resident import FetchCounts, ResidentPages
@@ -167,13 +167,16 @@ class FarHeads:
         if late:
             head, page, slot = placed = here.place(missing, chosen)
             source = self.pages.settled(self.pages.lag).pool
-            if read_by_device(source, pool.k.device):
-                assert isinstance(source, HostPool)
-                here.fill_from(source, table[head, page], placed)
-                return here
-            k, v = self._fetch(table[head, page][None])
-            size = (late, pool.page_size, -1)
-            here.fill(head, slot, k.view(size), v.view(size))
+            try:
+                if read_by_device(source, pool.k.device):
+                    here.fill_from(source, table[head, page], placed)
+                else:
+                    k, v = self._fetch(table[head, page][None])
+                    size = (late, pool.page_size, -1)
+                    here.fill(head, slot, k.view(size), v.view(size))
+            except BaseException:
+                here.forget(head, page)
+                raise
         return here
 
     def _look_ahead(self, here: ResidentPages, table: np.ndarray, rank: np.ndarray) -> None:
@@ -189,8 +192,6 @@ class FarHeads:
 
     def _way(self, source: PagePool) -> str:
         """Who brings pages ahead of a step; see `ResidentPages.bring`."""
-        if read_by_device(source, self.pages.pool.k.device):
-            return "device"
         if self.pages.pool.k.device.type != "cpu" or isinstance(source, FilePool):  # a file may have to be read first
             return "thread"
         return "now"
@@ -206,20 +207,16 @@ class FarHeads:
     def _fetch(self, picked: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages ``[heads, count]`` of the archive -> two ``[1, heads, count * page_size, dim]`` on the device."""
         pool, device = self.pages.settled(self.pages.lag).pool, self.pages.pool.k.device
-        halves = []
+        slabs, numbers = (pool.k, pool.v), picked.ravel()
         if read_by_device(pool, device):
-            assert isinstance(pool, HostPool)
-            halves = [
-                torch.empty(picked.size, *slab.shape[1:], dtype=slab.dtype, device=device) for slab in (pool.k, pool.v)
-            ]
-            fetch_pages(pool, picked.ravel(), halves[0], halves[1], np.arange(picked.size))
-            k, v = (half.view(1, len(picked), -1, half.shape[2]) for half in halves)
-            return k, v
-        index = torch.from_numpy(picked.ravel())
-        with side_stream(device, wait_after=True) as main:
-            for slab in (pool.k, pool.v):
-                halves.append(upload_pages(slab, index, device, main).view(1, len(picked), -1, slab.shape[2]))
-        return halves[0], halves[1]
+            k, v = (torch.empty(len(numbers), *slab.shape[1:], dtype=slab.dtype, device=device) for slab in slabs)
+            fetch_pages(pool, numbers, k, v, np.arange(len(numbers)))
+        else:
+            index = torch.from_numpy(numbers)
+            with side_stream(device, wait_after=True) as main:
+                k, v = (upload_pages(slab, index, device, main) for slab in slabs)
+        shape = (1, len(picked), picked.shape[1] * pool.page_size, -1)
+        return k.view(shape), v.view(shape)
 
     # ------------------------------------------------------------------------------------------------- rows, crops
     def select(self, indices: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -43,7 +43,5 @@ def varying_sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     """Attention of ``q [batch, heads, rows, dim]`` over ``k, v [batch, heads, keys, dim]``; ``mask`` is True where seen."""
-    if q.device.type != "cuda":
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    with without_cudnn():
+    with without_cudnn() if q.is_cuda else nullcontext():
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

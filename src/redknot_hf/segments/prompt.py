@@ -143,11 +143,11 @@ class SegmentedPrompt:
         batch_tokens: int = 16384,
         kv_dtype: torch.dtype | str | None = None,
     ):
-        if kv_dtype_of(kv_dtype) not in (None, torch.int8):
+        self.kv_dtype = kv_dtype_of(kv_dtype)
+        if self.kv_dtype not in (None, torch.int8):
             raise RedKnotError(
                 f"kv_dtype={shorten(kv_dtype)}: segments are kept in 'int8', or None for the model's dtype"
             )
-        self.kv_dtype = kv_dtype_of(kv_dtype)
         self.model, self.tokenizer = model, tokenizer
         self.store = store if isinstance(store, SegmentStore) else SegmentStore(store)
         self._options = dict(prefill=prefill, page_size=page_size, rollback=rollback)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...paging.varying_sdpa import without_cudnn
 from .checkpoint import Checkpoint
 from .curvature import score_batch
 from .gates import optimise_gates
@@ -131,16 +132,14 @@ def frozen(model: Any) -> Iterator[None]:
     cuDNN's attention is off inside: it compiles a plan for every new shape, and a profile meets dozens of shapes once.
     """
     training = model.training
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
-        yield
+        with without_cudnn():
+            yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         model.train(training)
         for parameter in wanted:
             parameter.requires_grad_(True)
