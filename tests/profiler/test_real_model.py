@@ -12,6 +12,8 @@ from redknot_hf.heads import HeadProfile
 from redknot_hf.heads.profiler.collect import build_prompts, frozen
 from redknot_hf.heads.profiler.curvature import score_batch
 from redknot_hf.heads.profiler.intercept import decoder_layout
+from redknot_hf.heads.profiler.local_model import option_map
+from redknot_hf.heads.profiler.many_maps import map_costs
 from redknot_hf.heads.profiler.objective import Objective
 from redknot_hf.heads.profiler.refine import refine, search_on
 from redknot_hf.heads.profiler.scores import HeadScores
@@ -79,3 +81,23 @@ def test_the_search_brings_the_known_heads_back(smollm2, needles):
     kept = {cell for cell, option in zip(cells, best.tolist(), strict=True) if option == 2}
     assert (18, 2) in kept and len(kept) == 14 and len(kept & KNOWN) >= 2
     assert history[1]["cost"] < 0.5 * history[0]["cost"]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.2, 1.0])
+def test_the_search_pays_for_answers_what_it_is_told(smollm2, weight):
+    model, tokenizer = smollm2
+    layout = decoder_layout(model)
+    cells = [(l, h) for l in layout.layers for h in range(layout.num_kv_heads)]
+    windows, everything = (64, 256), build_prompts(tokenizer, None, "profile", 2, 1, 640, 32, seed=0)
+    choice = torch.full((90,), 0)
+    with frozen(model):
+        prompts = [full_reference(model, collate([sample])) for kind in everything for sample in kind]
+        search = search_on(
+            model, layout, prompts, windows=windows, sink=4, objective=Objective.weighted(weight), sketches=1, seed=0,
+            mode="full", rounds=0, lengths=(), singles=0,
+        )  # fmt: skip
+        found = search.cost([choice])[0]
+        shape = (layout.num_layers, layout.num_kv_heads)
+        text, kl, misses = map_costs(model, prompts, [option_map(choice, shape, cells, windows, 4)])[0].tolist()
+    assert text > 0 and kl > 1 and misses > 0.5  # all heads are local: the needles are lost
+    assert found == pytest.approx(text + weight * (0.5 * kl + 0.25 * misses))

@@ -622,6 +622,7 @@ def test_smollm2_same_text_at_ratio_one_and_small_drift_by_default(smollm2):
     names = prompt.add_many(TEXTS)
     behind = SegmentedPrompt(model, tokenizer, "memory://", every, header=header, contexts=SAMPLES)
     assert behind.add_many(TEXTS) == names
+    compact = SegmentedPrompt(model, tokenizer, "memory://", every, header=header, kv_dtype="int8")
     answer = torch.tensor([tokenizer(ANSWER)["input_ids"]])
     drift: dict[str, list[float]] = {}
     for order in ([2, 0, 1], [1, 2, 0], [0, 1, 2]):
@@ -641,11 +642,16 @@ def test_smollm2_same_text_at_ratio_one_and_small_drift_by_default(smollm2):
             ("none", prompt, dict(recompute=0.0)),
             ("default", prompt, {}),
             ("none, contexts", behind, dict(recompute=0.0)),
+            ("int8", compact, {}),
+            ("squared", prompt, dict(selector=Blend(power=2))),
         ):
-            built = maker.build(segments, ASK, **options)
+            built = maker.build([TEXTS[i] for i in order] if maker is compact else segments, ASK, **options)
+            assert ("int8" in built.account.reason) == (maker is compact)
             q = along(model, ids, answer, built["past_key_values"])
             drift.setdefault(name, []).append(float((p.exp() * (p - q)).sum(-1).mean()))
     mean = {name: float(np.mean(values)) for name, values in drift.items()}
     assert mean["default"] < 0.05, mean
     assert mean["default"] < 0.7 * mean["none"], mean
     assert mean["none, contexts"] < 0.5 * mean["none"], mean
+    assert abs(mean["int8"] - mean["default"]) < 0.1 * mean["default"], mean
+    assert mean["squared"] < 0.4 * mean["none"], mean
