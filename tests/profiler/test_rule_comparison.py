@@ -59,14 +59,14 @@ def test_joined_runs_keep_the_first_and_add_what_is_new(merge, tmp_path):
     document = json.loads((other / "results.json").read_text())
     for entry in document["results"]:
         entry["text"]["kl"] = -1.0
-    for entry in document["results"][-2:]:
-        entry["window"] = 512
-    document["results"][-1]["rule"] = "ours, again"
+    new, left_out = [entry for entry in document["results"] if entry["rule"] == "gates"][-2:]
+    new["window"] = left_out["window"] = 1024  # which no committed entry has
+    left_out["rule"] = "ours, again"
     (other / "results.json").write_text(json.dumps(document))
     before = merge.read(COMMITTED)[2]
     environment, _, results, _ = merge.join([COMMITTED, other], ["ours"])
     assert results[:-1] == before
-    assert results[-1]["window"] == 512 and results[-1]["text"]["kl"] == -1.0
+    assert results[-1]["window"] == 1024 and results[-1]["text"]["kl"] == -1.0
     assert environment["merged"][-1] == document["environment"]
 
     rows = merge.read(other)[3]
