@@ -114,6 +114,8 @@ def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]
         Variant("ours", Blend()),
         Variant("sharp", Blend(power=2)),
         Variant("largest", Blend(power=math.inf)),
+        Variant("largest_all", Blend(share=1, power=math.inf)),
+        Variant("fourth_all", Blend(share=1, power=4)),
         Variant("bfloat16", ratios=(1.0,), dtype="bfloat16"),  # the full prefill itself, in another precision
         Variant("full", ratios=(1.0,)),
     ]
