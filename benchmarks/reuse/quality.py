@@ -113,6 +113,7 @@ def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]
         Variant("boundary_retrieval", BoundaryThenRetrieval(profile, 8)),
         Variant("ours", Blend()),
         Variant("sharp", Blend(power=2)),
+        Variant("fourth", Blend(power=4)),
         Variant("largest", Blend(power=math.inf)),
         Variant("largest_all", Blend(share=1, power=math.inf)),
         Variant("fourth_all", Blend(share=1, power=4)),
