@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 WORKERS = 16  # where they hash
 READERS = 8  # where they only read: more are no quicker, and take the interpreter's lock from who launches the forward
-BUFFERS = 2  # of each worker: one is filled while the other is on its way
+BATCH = 4  # runs that a worker reads and sends together, to let the interpreter's lock go less often
+BUFFERS = 2  # batches of each worker: one is filled while the other is on its way
 # Read and sent at a time, a multiple of PIECE_BYTES. Larger runs leave the interpreter's lock to the thread that launches
 # the forward, smaller ones bring the first layer sooner.
 RUN_BYTES = 8 << 20
@@ -41,6 +42,25 @@ class _Run(NamedTuple):
     file: FileSource | None  # read this from `offset` on instead of touching the source
     offset: int
     target: torch.Tensor
+
+
+class _Slot:
+    """Page-locked memory for a batch of runs, and the event behind which it is free again."""
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[torch.Tensor, np.ndarray]] = []
+        self.event = torch.cuda.Event()
+
+    def wait(self) -> None:
+        if not self.event.query():  # which keeps the interpreter's lock, and is nearly always enough
+            self.event.synchronize()
+
+    def take(self, place: int, size: int) -> tuple[torch.Tensor, np.ndarray]:
+        if place == len(self.buffers):
+            buffer = _page_locked(RUN_BYTES)
+            self.buffers.append((buffer, buffer.numpy()))
+        buffer, content = self.buffers[place]
+        return (buffer, content) if size == RUN_BYTES else (buffer[:size], content[:size])
 
 
 class Upload:
@@ -93,8 +113,8 @@ class Upload:
     def _start(self, runs: list[_Run], entries: int) -> None:
         runs.sort(key=lambda run: run.layer, reverse=True)  # taken from the end
         self._runs = runs
-        self._left = np.zeros(1 + max(run.layer for run in runs), np.int64)
-        self._of_entry = np.zeros(entries, np.int64)  # runs that have not been read and hashed
+        self._left = [0] * (1 + max(run.layer for run in runs))
+        self._of_entry = [0] * entries  # runs that have not been read and hashed
         self._hashes: list[dict[int, bytes]] = [{} for _ in range(entries)]
         for run in runs:
             self._left[run.layer] += 1
@@ -112,7 +132,7 @@ class Upload:
         if self._pool is None:
             return
         with self._ready:
-            self._ready.wait_for(lambda: self._error is not None or not self._left[: layer + 1].any())
+            self._ready.wait_for(lambda: self._error is not None or not any(self._left[: layer + 1]))
             if self._error is not None:
                 raise self._error
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
@@ -153,38 +173,49 @@ class Upload:
 
     def _send(self) -> bool:
         """Whether this worker has sent the last run of all."""
-        ring: list[tuple[torch.Tensor, np.ndarray, torch.cuda.Event]] = []
+        ring: list[_Slot] = []
         turn, last = 0, False
         while True:
-            try:
-                run = self._runs.pop()
-            except IndexError:
+            batch = self._next()
+            if not batch:
                 return last
-            size = len(run.source)
-            if isinstance(run.source, torch.Tensor):
-                run.target.copy_(run.source, non_blocking=True)
-                last = self._sent(run)
-                continue
-            if len(ring) < BUFFERS:
-                buffer = _page_locked(RUN_BYTES)
-                ring.append((buffer, buffer.numpy(), torch.cuda.Event()))
-                turn = len(ring) - 1
-            else:
-                turn = (turn + 1) % BUFFERS
-                if not ring[turn][2].query():  # which keeps the interpreter's lock, and is nearly always enough
-                    ring[turn][2].synchronize()
-            buffer, content, event = ring[turn]
-            if size < RUN_BYTES:
-                buffer, content = buffer[:size], content[:size]
-            if run.file is None:
-                # numpy copies on this thread, without the GIL; torch would start threads of its own on each of ours
-                np.copyto(content, run.source)
-            else:
-                self._read(run, run.file, content.data)
-            run.target.copy_(buffer, non_blocking=True)
-            event.record()
-            last = self._sent(run)
-            self._done(run, content)
+            locked = [run for run in batch if isinstance(run.source, torch.Tensor)]
+            unlocked = [run for run in batch if not isinstance(run.source, torch.Tensor)]
+            contents: list[np.ndarray] = []
+            sources = [run.source for run in locked]
+            slot = None
+            if unlocked:
+                if len(ring) < BUFFERS:
+                    ring.append(_Slot())
+                    turn = len(ring) - 1
+                else:
+                    turn = (turn + 1) % BUFFERS
+                slot = ring[turn]
+                slot.wait()
+                for place, run in enumerate(unlocked):
+                    buffer, content = slot.take(place, len(run.source))
+                    if run.file is None:
+                        # numpy copies on this thread, without the GIL; torch would start threads of its own on each of ours
+                        np.copyto(content, run.source)
+                    else:
+                        self._read(run, run.file, content.data)
+                    sources.append(buffer)
+                    contents.append(content)
+            # one call for all: whoever launches the forward waits for the interpreter's lock each time it is let go here
+            torch._foreach_copy_([run.target for run in locked + unlocked], sources, non_blocking=True)
+            if slot is not None:
+                slot.event.record()
+            last = self._sent(batch)
+            for run, content in zip(unlocked, contents, strict=True):
+                self._done(run, content)
+
+    def _next(self) -> list[_Run]:
+        """Runs that one layer waits for, so that none waits for later ones."""
+        batch: list[_Run] = []
+        with self._ready:
+            while self._runs and len(batch) < BATCH and self._runs[-1].layer == (batch or self._runs)[-1].layer:
+                batch.append(self._runs.pop())
+        return batch
 
     def _read(self, run: _Run, file: FileSource, into: memoryview) -> None:
         done = 0
@@ -197,12 +228,13 @@ class Upload:
         except OSError as error:  # a miss, like any other damage
             self._judge(run.entry, CorruptEntry(f"it cannot be read: {error}"))
 
-    def _sent(self, run: _Run) -> bool:
+    def _sent(self, batch: Sequence[_Run]) -> bool:
         with self._ready:
-            self._left[run.layer] -= 1
-            if not self._left[run.layer]:
+            for run in batch:
+                self._left[run.layer] -= 1
+            if not all(self._left[run.layer] for run in batch):
                 self._ready.notify_all()
-            return not self._left.any()
+            return not any(self._left)
 
     def _done(self, run: _Run, content: np.ndarray) -> None:
         """Read and sent; here it is hashed if that is not for the GPU to do."""
