@@ -229,6 +229,6 @@ def test_partial_rows_replace_only_heads_that_keep_everything():
     forward_rows(model, cache, ids, RowSet(np.arange(64), "cpu", partial))
     for layer, classes in zip(cache.layers, profile.head_class, strict=True):
         for head, kind in enumerate(classes):
-            fresh = (layer.k[0, head] != 0).any(1)
+            fresh = (layer.k[0, head, :64] != 0).any(1)  # slots behind are there to make pages whole
             assert fresh[32:].all()
             assert fresh[:32].all() if kind == "global" else not fresh[:32].any()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-import itertools
 import os
 import threading
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from redknot_hf.segments import sha256_kernel, transfer
 from redknot_hf.segments.codec import CorruptEntry, SegmentEntry, decode, encode
 from redknot_hf.segments.stores import SegmentStore
-from redknot_hf.segments.transfer import RUN_BYTES, Upload
+from redknot_hf.segments.transfer import Upload
 
 LAYERS, GROUPS = 6, [0, 1, 0, 0, 1, 0]
 KEY = "ab" * 32
@@ -93,20 +92,18 @@ def test_damage_is_found_in_the_right_entry():
 
 
 def test_the_first_layers_are_there_while_the_last_are_on_their_way(monkeypatch):
-    gate, sent, numbers = threading.Event(), [], itertools.count(1)
-    copy = transfer.np.copyto
+    gate, following = threading.Event(), Upload._next
 
-    def slow(target, source):
-        sent.append(len(source))
-        if next(numbers) > 6:
+    def slow(self):
+        batch = following(self)
+        if batch and batch[0].layer > 2:
             assert gate.wait(30)
-        copy(target, source)
+        return batch
 
-    monkeypatch.setattr(transfer.np, "copyto", slow)
+    monkeypatch.setattr(Upload, "_next", slow)
     entry = entry_of(0, 20_600)  # layers 0, 2, 3, 5 of 10.5 MB in each of k.0 and v.0
     upload = Upload([stored(entry)], "cpu")
     upload.need(0)
-    assert len(sent) < sum(-(-t.numel() * 4 // RUN_BYTES) for t in entry.tensors.values())
     for part in "kv":
         assert torch.equal(upload.stacks[0][f"{part}.0"][0], entry.tensors[f"{part}.0"][0])
     assert not torch.equal(upload.stacks[0]["k.0"][3], entry.tensors["k.0"][3])
@@ -114,6 +111,23 @@ def test_the_first_layers_are_there_while_the_last_are_on_their_way(monkeypatch)
     upload.need(LAYERS - 1)
     assert torch.equal(upload.stacks[0]["k.0"], entry.tensors["k.0"])
     upload.close()
+
+
+def test_no_layer_waits_for_runs_of_a_later_one(monkeypatch):
+    """Workers send several runs at once where a layer has many."""
+    seen, following = [], Upload._next
+
+    def watched(self):
+        batch = following(self)
+        seen.append([run.layer for run in batch])
+        return batch
+
+    monkeypatch.setattr(Upload, "_next", watched)
+    upload = Upload([stored(entry_of(i, 20 + i)) for i in range(20)], "cpu").finish()
+    assert max(map(len, seen)) == transfer.BATCH
+    assert all(len(set(layers)) <= 1 for layers in seen)
+    assert sum(map(len, seen)) == 80
+    assert torch.equal(upload.stacks[7]["v.1"], entry_of(7, 27).tensors["v.1"])
 
 
 def test_an_error_on_a_worker_reaches_who_waits(monkeypatch):

@@ -31,7 +31,9 @@ from ..paging.torch_attention import AttentionSpec
 
 __all__ = ["PAGE", "RowSet", "attend_rows", "attention_weights", "kinds"]
 
-PAGE = 64  # slots are padded to whole pages, so that the kernel can read linear storage as pages
+# Slots are padded to whole pages, so that the kernel can read linear storage as pages: as large as the blocks of keys
+# that it multiplies best with, whatever the size of the pages is that the storage lies in.
+PAGE = 128
 # Rows of one masked call. A block reads the keys up to its last row: small ones waste less, large ones are fewer.
 CPU_BLOCK, GPU_BLOCK = 64, 1024
 CPU_TILE = 64  # query rows that torch's attention gives to one thread at a time

@@ -120,7 +120,7 @@ class SpliceLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _pages_of_target(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        step = self.cache.in_place
+        step = self.cache.room(k.device)
         if step is None or not (self.window >= KEEP_ALL).all() or self.model_window is not None:
             return None
         layer = self.cache.target.paged_layers[self.index]
@@ -302,10 +302,8 @@ class SpliceCache(Cache):
             )
         self.target, self.length, self.batch = target, length, batch
         self.slots = -(-max(length, 1) // PAGE) * PAGE
-        self.in_place: Step | None = None
-        if in_place and length > 1:
-            self.in_place = Step(0, length, batch)
-            self.in_place.resolve(None, np.zeros(batch, np.int64))
+        self._in_place = in_place and length > 1
+        self._room: dict[bool, Step] = {}
         self.rows: RowSet | None = None
         self.observer: Observer | None = None
         self.loader: Callable[[SpliceLayer, RowSet], None] | None = None
@@ -314,6 +312,19 @@ class SpliceCache(Cache):
         classes = target.profile.head_class if target.profile is not None else [["global"] * 4096] * len(target.layers)
         self.partial_heads = [np.array([kind != "local" for kind in _share(row, target)]) for row in classes]
         super().__init__(layers=[SpliceLayer(self, layer.index, layer.model_window) for layer in target.paged_layers])
+
+    def room(self, device: torch.device) -> Step | None:
+        """What the target's pages are laid out for on ``device``; None if they are not to be filled directly.
+
+        Kernels read whole pages of `PAGE` slots; what the prompt does not need of them is given back in the end.
+        """
+        if not self._in_place:
+            return None
+        whole = device.type != "cpu"
+        if whole not in self._room:
+            self._room[whole] = Step(0, self.slots if whole else self.length, self.batch)
+            self._room[whole].resolve(None, np.zeros(self.batch, np.int64))
+        return self._room[whole]
 
     def hand_over(self, tokens: int) -> None:
         """Move the first ``tokens`` positions into the target; this cache is empty afterwards."""

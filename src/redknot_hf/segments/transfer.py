@@ -124,6 +124,7 @@ class Upload:
         self._stream = torch.cuda.Stream(self.device)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))  # the memory may have been somebody else's
         workers = max(1, min(WORKERS if self._checks else READERS, (os.cpu_count() or 1) - 1, len(runs)))
+        self._count = workers
         self._pool = ThreadPoolExecutor(workers)
         self._workers = [self._pool.submit(self._work) for _ in range(workers)]
 
@@ -179,10 +180,14 @@ class Upload:
             batch = self._next()
             if not batch:
                 return last
-            locked = [run for run in batch if isinstance(run.source, torch.Tensor)]
+            targets: list[torch.Tensor] = []
+            sources: list[torch.Tensor] = []
+            for run in batch:
+                if isinstance(run.source, torch.Tensor):
+                    targets.append(run.target)
+                    sources.append(run.source)
             unlocked = [run for run in batch if not isinstance(run.source, torch.Tensor)]
             contents: list[np.ndarray] = []
-            sources = [run.source for run in locked]
             slot = None
             if unlocked:
                 if len(ring) < BUFFERS:
@@ -199,10 +204,11 @@ class Upload:
                         np.copyto(content, run.source)
                     else:
                         self._read(run, run.file, content.data)
+                    targets.append(run.target)
                     sources.append(buffer)
                     contents.append(content)
             # one call for all: whoever launches the forward waits for the interpreter's lock each time it is let go here
-            torch._foreach_copy_([run.target for run in locked + unlocked], sources, non_blocking=True)
+            torch._foreach_copy_(targets, sources, non_blocking=True)
             if slot is not None:
                 slot.event.record()
             last = self._sent(batch)
@@ -210,11 +216,14 @@ class Upload:
                 self._done(run, content)
 
     def _next(self) -> list[_Run]:
-        """Runs that one layer waits for, so that none waits for later ones."""
+        """Runs that one layer waits for, so that none waits for later ones; few where all workers would not get some."""
         batch: list[_Run] = []
         with self._ready:
-            while self._runs and len(batch) < BATCH and self._runs[-1].layer == (batch or self._runs)[-1].layer:
-                batch.append(self._runs.pop())
+            if self._runs:
+                layer = self._runs[-1].layer
+                most = max(1, min(BATCH, self._left[layer] // self._count))
+                while self._runs and len(batch) < most and self._runs[-1].layer == layer:
+                    batch.append(self._runs.pop())
         return batch
 
     def _read(self, run: _Run, file: FileSource, into: memoryview) -> None:
