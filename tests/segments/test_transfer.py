@@ -113,21 +113,27 @@ def test_the_first_layers_are_there_while_the_last_are_on_their_way(monkeypatch)
     upload.close()
 
 
-def test_no_layer_waits_for_runs_of_a_later_one(monkeypatch):
-    """Workers send several runs at once where a layer has many."""
-    seen, following = [], Upload._next
+@pytest.mark.parametrize(
+    ("left", "count", "expected"),
+    [((7, 9), 1, [0, 0]), ((7, 9), 4, [0]), ((1, 9), 8, [0]), ((40, 9), 8, [0, 0])],
+)
+def test_a_batch_is_of_one_layer_and_small_where_there_is_little(left, count, expected):
+    """Two runs of layer 0 are not taken yet; more may be on their way, on other workers."""
+    upload = object.__new__(Upload)
+    upload._ready, upload._left, upload._count = threading.Condition(), list(left), count
+    empty = torch.empty(0)
+    upload._runs = [transfer._Run(layer, 0, 0, empty, None, 0, empty) for layer in (1, 1, 1, 0, 0)]
+    assert [run.layer for run in upload._next()] == expected
 
-    def watched(self):
-        batch = following(self)
-        seen.append([run.layer for run in batch])
-        return batch
 
-    monkeypatch.setattr(Upload, "_next", watched)
+def test_many_runs_of_a_layer_go_together(monkeypatch):
+    sizes, following = [], Upload._next
+    monkeypatch.setattr(Upload, "_next", lambda self: sizes.append(following(self)) or sizes[-1])
     upload = Upload([stored(entry_of(i, 20 + i)) for i in range(20)], "cpu").finish()
-    assert max(map(len, seen)) == transfer.BATCH
-    assert all(len(set(layers)) <= 1 for layers in seen)
-    assert sum(map(len, seen)) == 80
-    assert torch.equal(upload.stacks[7]["v.1"], entry_of(7, 27).tensors["v.1"])
+    assert max(map(len, sizes)) == transfer.BATCH and sum(map(len, sizes)) == 80
+    for i in (0, 7, 19):
+        for name, tensor in entry_of(i, 20 + i).tensors.items():
+            assert torch.equal(upload.stacks[i][name], tensor)
 
 
 def test_an_error_on_a_worker_reaches_who_waits(monkeypatch):
