@@ -43,6 +43,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from redknot_hf import HeadProfile, RedKnotCache, __version__
 from redknot_hf.segments import sha256_kernel
 from redknot_hf.segments.prompt import DEFAULT_SELECTOR, SegmentedPrompt
+from redknot_hf.segments.select import Blend
 from redknot_hf.segments.stores import SegmentStore
 
 SHAPES = {
@@ -82,6 +83,15 @@ def load(args: argparse.Namespace) -> Any:
     with torch.device(args.device):
         config = LlamaConfig(**SHAPES[args.shape], eos_token_id=None, pad_token_id=0)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="redknot").eval()
+
+
+def selector_named(text: str) -> Any:
+    """A selector by its name, or `Blend` with its numbers."""
+    name, *numbers = text.split(":")
+    if not numbers:
+        return name
+    boundary, layer, *rest = numbers
+    return Blend(int(boundary), int(layer), *map(float, rest))
 
 
 def drop_page_cache(folder: Path) -> None:
@@ -135,7 +145,12 @@ def main() -> None:
     parser.add_argument("--header-tokens", type=int, default=24)
     parser.add_argument("--query-tokens", type=int, default=32)
     parser.add_argument("--ratio", type=float, default=0.15)
-    parser.add_argument("--selectors", nargs="+", default=["boundary", DEFAULT_SELECTOR])
+    parser.add_argument(
+        "--selectors",
+        nargs="+",
+        default=["boundary", DEFAULT_SELECTOR],
+        help="names, or blend:B:L:A:D[:S[:P]]: boundary, layer, attention, deviation, share, power",
+    )
     parser.add_argument(
         "--stores",
         nargs="+",
@@ -227,7 +242,7 @@ def main() -> None:
 
             def reuse(prompt: Any = prompt, names: Any = names, selector: str = selector, name: str = kind) -> Any:
                 with by_threads() if name == "file-threads" else contextlib.nullcontext():
-                    built = prompt.build(names, query, args.ratio, selector)
+                    built = prompt.build(names, query, args.ratio, selector_named(selector))
                 accounts[f"{name} {selector}"] = built.account
                 return model(ids[:, -1:], past_key_values=built["past_key_values"]).logits
 
