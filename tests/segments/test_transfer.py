@@ -122,7 +122,7 @@ def test_a_batch_is_of_one_layer_and_small_where_there_is_little(left, count, ex
     upload = object.__new__(Upload)
     upload._ready, upload._left, upload._count = threading.Condition(), list(left), count
     empty = torch.empty(0)
-    upload._runs = [transfer._Run(layer, 0, 0, empty, None, 0, empty) for layer in (1, 1, 1, 0, 0)]
+    upload._runs = [transfer._Run(layer, 0, 0, 0, empty, None, 0, empty) for layer in (1, 1, 1, 0, 0)]
     assert [run.layer for run in upload._next()] == expected
 
 

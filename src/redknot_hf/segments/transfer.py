@@ -38,8 +38,9 @@ class _Run(NamedTuple):
     layer: int  # the first that has bytes in it
     entry: int
     leaf: int  # the number of its first piece in the entry's checksum
-    source: np.ndarray | torch.Tensor  # a tensor if it is page-locked already
-    file: FileSource | None  # read this from `offset` on instead of touching the source
+    size: int
+    source: np.ndarray | torch.Tensor | None  # a tensor if it is page-locked already
+    file: FileSource | None  # read this from `offset` on instead of a source
     offset: int
     target: torch.Tensor
 
@@ -198,12 +199,12 @@ class Upload:
                 slot = ring[turn]
                 slot.wait()
                 for place, run in enumerate(unlocked):
-                    buffer, content = slot.take(place, len(run.source))
-                    if run.file is None:
-                        # numpy copies on this thread, without the GIL; torch would start threads of its own on each of ours
-                        np.copyto(content, run.source)
-                    else:
+                    buffer, content = slot.take(place, run.size)
+                    if run.file is not None:
                         self._read(run, run.file, content.data)
+                    else:
+                        # numpy copies on this thread, without the GIL; torch would start threads of its own on each of ours
+                        np.copyto(content, run.source)  # type: ignore[arg-type]
                     targets.append(run.target)
                     sources.append(buffer)
                     contents.append(content)
@@ -320,22 +321,31 @@ def _page_locked(size: int) -> torch.Tensor:
 
 def _cut(number: int, entry: SegmentEntry, name: str, target: torch.Tensor) -> list[_Run]:
     """The runs of a tensor; each begins with a piece of its checksum."""
-    tensor = entry.tensors[name].detach().contiguous()
-    bytes_of, sink = tensor.view(-1).view(torch.uint8), target.view(-1).view(torch.uint8)
-    source = bytes_of if tensor.is_pinned() else bytes_of.numpy()
+    targets = target.view(-1).view(torch.uint8).split(RUN_BYTES)
+    sources: Sequence[np.ndarray | torch.Tensor | None] = [None] * len(targets)
+    file, offset = entry.source, 0
+    tensor = entry.tensors[name]
+    if tensor.is_pinned():
+        file = None
+    if file is not None:
+        offset = file.offsets[name]
+    else:
+        pieces = tensor.detach().contiguous().view(-1).view(torch.uint8).split(RUN_BYTES)
+        sources = pieces if tensor.is_pinned() else [piece.numpy() for piece in pieces]
+    total = target.nbytes
     group = int(name.partition(".")[2])
     layers = [layer for layer, g in enumerate(entry.extra["groups"]) if g == group]
     first_leaf = 0 if entry.check is None else entry.check.first_leaf(name)
-    offset = 0 if entry.source is None else entry.source.offsets[name]
     return [
         _Run(
-            layers[begin * len(layers) // len(source)],
+            layers[begin * len(layers) // total],
             number,
             first_leaf + begin // PIECE_BYTES,
-            source[begin : begin + RUN_BYTES],
-            entry.source,
+            min(RUN_BYTES, total - begin),
+            source,
+            file,
             offset + begin,
-            sink[begin : begin + RUN_BYTES],
+            sink,
         )
-        for begin in range(0, len(source), RUN_BYTES)
+        for begin, source, sink in zip(range(0, total, RUN_BYTES), sources, targets, strict=False)
     ]
