@@ -354,6 +354,31 @@ def segments(r: Ranks) -> None:
     assert not mine.segments[-1].hit and torch.equal(again, got)
 
 
+def segments_in_int8_behind_contexts(r: Ranks) -> None:
+    """Scales go with their heads: rows kept in int8 and means over contexts are the same for ranks and for one process."""
+    model, one = r.shards("qwen3"), r.one("qwen3")
+    folder = r.folder / f"int8-{r.size}"
+    generator = torch.Generator().manual_seed(12)
+    first, second, sample = (torch.randint(2, 96, (n,), generator=generator).tolist() for n in (50, 40, 20))
+    options = dict(header=[1, 5, 9], prefill="full", kv_dtype="int8", contexts=[sample])
+    makers = [WorldPrompt(m, None, f"file://{folder}", r.profile("qwen3"), **options) for m in (one, model)]
+    if r.rank == 0:
+        makers[0].add_many([first, second])
+    distributed.barrier()
+    found = []
+    for maker in makers:
+        built = maker.build([second, first], [7, 8, 9, 10], 0.2, "boundary")
+        assert all(segment.hit for segment in built.account.segments) and "int8" in built.account.reason
+        found.append(maker.model.generate(**built, **GREEDY))
+    assert torch.equal(*found)
+    # a file holds one head: nobody may take it for the entry
+    names = makers[1].store._names(makers[1]._register(first))
+    parts = makers[1].store.inner.get_many(names)
+    (joined,) = makers[1].store.get_many([makers[1]._register(first)])
+    assert all(part.source is not None for part in parts) and joined.source is None
+    assert joined.tensors["s.0"].shape[1] == len(names) == 4 // r.size
+
+
 def a_rank_without_its_heads(r: Ranks) -> None:
     """One rank cannot have its heads: all of them say so, none goes on."""
     model = r.shards("llama")
@@ -399,6 +424,7 @@ CHECKS = {
     "one process to ranks": one_process_to_ranks,
     "stores of servers": stores_of_servers,
     "segments": segments,
+    "segments in int8 behind contexts": segments_in_int8_behind_contexts,
     "a rank without its heads": a_rank_without_its_heads,
 }
 

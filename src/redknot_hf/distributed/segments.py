@@ -98,7 +98,7 @@ def _joined(parts: Sequence[SegmentEntry | None]) -> SegmentEntry | None:
     if any(each != alike[0] for each in alike) or any(t.dim() != 4 or t.shape[1] != 1 for t in first.tensors.values()):
         return None
     tensors = {name: torch.cat([part.tensors[name] for part in parts], 1) for name in first.tensors}  # type: ignore[union-attr]
-    return dataclasses.replace(first, tensors=tensors)
+    return dataclasses.replace(first, tensors=tensors, source=None)  # no file holds them together
 
 
 class WorldPrompt(SegmentedPrompt):
