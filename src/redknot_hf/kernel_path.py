@@ -50,9 +50,10 @@ class Lengths:
 
 
 class KernelLayer:
-    """The device side of one layer's page tables.
+    """The device side of one layer's page tables. It is uploaded when it is first used: a prompt that is put together in
+    the pages edits the tables several times before a kernel reads them.
 
-    Attributes:
+    Attributes (there after `sync`, which whatever runs a kernel calls):
         table: int32 ``[batch, kv_heads, max_pages]``; sink, window, ring: int32 ``[kv_heads]``.
         order: int32 ``[kv_heads]``, heads that keep everything first; num_full: how many those are.
     """
@@ -64,15 +65,15 @@ class KernelLayer:
         self.checked = False  # the operators' arguments fit: the layer has decoded a token
         self.replay: Any = None  # a decode step as it was launched before, and what that was made from
         self.form: tuple[Any, ...] = ()
-        order = np.concatenate([pages.full_heads, pages.ring_heads])
-        self.order, self.num_full = upload(order, self.device, np.int32), len(pages.full_heads)
-        self.sync()
+        self.num_full = len(pages.full_heads)
 
     def sync(self) -> None:
         """Bring table and rings up to date with the host's."""
         pages = self.pages
         if self.version == pages.version:
             return
+        if self.version < 0:  # which heads are which never changes
+            self.order = upload(np.concatenate([pages.full_heads, pages.ring_heads]), self.device, np.int32)
         self.version, self.replay = pages.version, None
         self.table = upload(pages.table, self.device, np.int32)
         self.sink, self.window, self.ring = (
@@ -81,6 +82,7 @@ class KernelLayer:
 
     def append(self, k: torch.Tensor, v: torch.Tensor, lengths: Lengths) -> None:
         """Store a compact chunk ``[batch, kv_heads, n, dim]``."""
+        self.sync()
         pool = self.pages.pool
         start = None if lengths.fed is None else torch.zeros_like(lengths.fed)
         with pool.lock:
@@ -90,6 +92,7 @@ class KernelLayer:
 
     def decode(self, q: torch.Tensor, spec: AttentionSpec, lengths: Lengths) -> torch.Tensor:
         """The last ``n`` stored tokens of every row, ``q [batch, q_heads, n, dim]`` -> ``[batch, n, q_heads, dim]``."""
+        self.sync()
         pool = self.pages.pool
         return ops.decode(
             q,
@@ -178,6 +181,7 @@ class KernelLayer:
         unwindowed: bool,
     ) -> torch.Tensor:
         """A compact chunk over the stored past and itself, before `append`; ``past``: most tokens stored in a row."""
+        self.sync()
         pool = self.pages.pool
         window, full = self.window, self.num_full
         if unwindowed:

@@ -218,7 +218,6 @@ class RedKnotLayer(DenseViews, CacheLayerMixin):
     def _attend_kernels(self, handle: Handle, query: torch.Tensor, spec: AttentionSpec, single: bool) -> torch.Tensor:
         step, pages, kernel = handle.step, self.pages, self.kernel
         assert pages is not None and kernel is not None and step.new is not None
-        kernel.sync()
         lengths = self.cache.lengths(step, pages.lens if not handle.stored else pages.lens - step.new, self.device)
         few = 1 < step.length <= kernel_path.MAX_DECODE_ROWS and step.order is None and step.pattern is None
         if single or (few and not self.cache.defers and pages.rollback >= step.length - 1 and bool(pages.lens.all())):
@@ -298,7 +297,6 @@ class RedKnotLayer(DenseViews, CacheLayerMixin):
         pages = self.pages
         assert pages is not None and step.new is not None
         if self.kernel is not None:
-            self.kernel.sync()
             self.kernel.append(k, v, self.cache.lengths(step, pages.lens, self.device))
         else:
             pages.write(k, v, step.new)

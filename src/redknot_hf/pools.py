@@ -5,12 +5,13 @@ Every layer has a pool of its own; the pools of all layers grow before a forward
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from .errors import CacheError
+from .errors import CacheError, PoolExhausted
 from .heads import HeadProfile
 from .paging.pages import KEEP_ALL, LayerPages
 from .paging.pool import SPARE_TOKENS, PagePool, PoolCeiling
@@ -20,6 +21,9 @@ from .windows import effective_window
 if TYPE_CHECKING:
     from .layer import RedKnotLayer
     from .step import Step
+
+
+PoolKey = tuple[int, torch.device, torch.dtype, int, int]  # layer or -1 for all, device, dtype, key and value dim
 
 
 def check_max_bytes(max_bytes: Any) -> None:
@@ -39,7 +43,7 @@ class Pools:
     tier: ColdTier | None
     profile: HeadProfile | None
     ceiling: PoolCeiling
-    _pools: dict[tuple[int, torch.device, torch.dtype, int, int], PagePool]
+    _pools: dict[PoolKey, PagePool]
 
     @property
     def paged_layers(self) -> list[RedKnotLayer]:
@@ -73,11 +77,9 @@ class Pools:
                     "heads in some layers is not served: use DynamicCache"
                 )
             mine = slice(self.tp_rank * heads, (self.tp_rank + 1) * heads)
-            local = np.array([kind == "local" for kind in self.profile.head_class[index][mine]])
-            sink = np.where(local, np.array(self.profile.sink[index][mine]), 0)
-            window = np.where(local, np.array(self.profile.window[index][mine]), KEEP_ALL)
-        sink = np.where(window >= KEEP_ALL, 0, sink)
-        return effective_window(sink, window, model_window)
+            rows = (self.profile.head_class[index], self.profile.sink[index], self.profile.window[index])
+            sink, window = _rule(*(tuple(row[mine]) for row in rows))
+        return effective_window(sink.copy(), window.copy(), model_window)
 
     def new_pages(self, layer: RedKnotLayer) -> LayerPages:
         """Empty page tables for an initialised layer."""
@@ -101,14 +103,18 @@ class Pools:
         Every layer has its own, so that growing holds one layer twice and not the whole cache. Layers in front of a cold
         tier share one, as they share the pool behind it.
         """
-        alone = self.tier is None
-        key = (index if alone else -1, alike.device, alike.dtype, alike.key_dim, alike.value_dim)
-        if key not in self._pools:
-            if alone:  # made ahead by `reserve` for a layer that turned out different
-                self._pools = {other: pool for other, pool in self._pools.items() if other[0] != index}
-            self._pools[key] = PagePool(
-                self.page_size, alike.key_dim, alike.value_dim, alike.dtype, alike.device, ceiling=self.ceiling
-            )
+        key = self._key(index, alike)
+        return self._pools[key] if key in self._pools else self._new_pool(key, 0)
+
+    def _key(self, index: int, alike: RedKnotLayer) -> PoolKey:
+        return (index if self.tier is None else -1, alike.device, alike.dtype, alike.key_dim, alike.value_dim)
+
+    def _new_pool(self, key: PoolKey, room: int) -> PagePool:
+        """A pool of ``room`` pages to begin with."""
+        index, device, dtype, key_dim, value_dim = key
+        if self.tier is None:  # one may have been made ahead by `reserve` for a layer that turned out different
+            self._pools = {other: pool for other, pool in self._pools.items() if other[0] != index}
+        self._pools[key] = PagePool(self.page_size, key_dim, value_dim, dtype, device, ceiling=self.ceiling, room=room)
         return self._pools[key]
 
     def reserve(self, layer: RedKnotLayer, step: Step) -> None:
@@ -126,27 +132,41 @@ class Pools:
         if step.length == 1 and step.start and self.ceiling.max_bytes is None:
             step.reserved.add(id(layer.pages.pool))
             return
-        alike = layer.pages
         one_device = layer.device.type != "cuda" or self.tp_size > 1 or torch.cuda.device_count() == 1
         wanted: dict[int, tuple[PagePool, int]] = {}
+        new: dict[PoolKey, int] = {}  # pools that are not there yet
+        counts: dict[tuple[bytes, bytes], int] = {}  # most layers have the rule of another one
         for other in self.paged_layers:
             if other.pages is not None:
                 pool = other.pages.pool
                 count = max(0, other.pages.pages_wanted(step.new) - int((other.pages.table > 0).sum()))
             elif other.is_sliding == layer.is_sliding and not step.start and one_device:
-                pool = self._pool_for(other.index, layer)
                 sink, window, _ = self.geometry(other.index, layer.num_heads, other.model_window)
-                empty = LayerPages(pool, sink, window, layer.batch_size, layer.rollback, alike.contiguous)
-                count = empty.pages_wanted(step.new)
+                rule = (sink.tobytes(), window.tobytes())
+                if rule not in counts:
+                    alike = (sink, window, layer.batch_size, layer.rollback, layer.pages.contiguous)
+                    counts[rule] = LayerPages(layer.pages.pool, *alike).pages_wanted(step.new)
+                key, count = self._key(other.index, layer), counts[rule]
+                if key not in self._pools:
+                    new[key] = new.get(key, 0) + count
+                    continue
+                pool = self._pools[key]
             else:
                 continue
             wanted[id(pool)] = (pool, wanted.get(id(pool), (pool, 0))[1] + count)
         if self.ceiling.max_bytes is not None:
             missing = [max(0, count - pool.num_free) * pool.page_bytes for pool, count in wanted.values()]
-            self.ceiling.check(sum(missing))
+            page = layer.pages.pool.page_bytes  # of all that are new: they are like this layer's
+            self.ceiling.check(sum(missing) + sum(1 + count for count in new.values()) * page)
         for pool, count in wanted.values():
             pool.reserve(count, spare=count * SPARE_TOKENS // step.length)
-        step.reserved.update(wanted)
+        before = dict(self._pools)
+        try:
+            made = [id(self._new_pool(key, count)) for key, count in new.items()]
+        except PoolExhausted:
+            self._pools = before  # what was made for nothing goes back at once
+            raise
+        step.reserved.update(wanted, made)
 
     def _drop_pools(self) -> None:
         """Let go of pools in which no layer has a page; what a fork uses, the fork holds on to."""
@@ -156,3 +176,11 @@ class Pools:
         }
         if self.tier is not None:
             self.tier.drop_pools()
+
+
+@functools.lru_cache(maxsize=4096)
+def _rule(classes: tuple[str, ...], sinks: tuple[int, ...], windows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Sink and window that each head obeys; remembered by what the profile says now, which may be edited in place."""
+    local = np.array([kind == "local" for kind in classes])
+    window = np.where(local, np.array(windows), KEEP_ALL)
+    return np.where(window >= KEEP_ALL, 0, np.array(sinks)), window

@@ -295,6 +295,7 @@ class StaticRedKnotLayer(RedKnotLayer):
                 pool_of, self.sink, self.window, self.batch_size, self.rollback, self.limit, self.cache.page_size
             )
             self.pages, self.kernel = pages, kernel_path.KernelLayer(pages)
+            self.kernel.sync()  # compiled steps are given these tensors, so they must be there before one is captured
             self.state, self.first = self.cache.static_state(self.device, self.batch_size)
             self.k_pages, self.v_pages = pages.pool.k, pages.pool.v
             self.block_table = self.kernel.table

@@ -66,7 +66,7 @@ class LayerPages:
         self.ring_heads = np.flatnonzero(self.window < KEEP_ALL)
         self.table = np.zeros((batch_size, len(sink), 1), np.int32)
         self._lens = np.zeros(batch_size, np.int64)
-        self._oldest = np.broadcast_to(self.sink.astype(np.int64), (batch_size, len(sink))).copy()
+        self._oldest = self.sink.astype(np.int64)[None].repeat(batch_size, 0)
         self._ahead = 0  # tokens that every row has got since lens and oldest were last looked at
         self.shared = False
         self._changed()
@@ -208,28 +208,29 @@ class LayerPages:
             except PoolExhausted:  # no room to move them to: then the next pages lie elsewhere
                 runs = False
         heads = ring if runs else np.arange(self.num_heads)
-        more = (need - have)[:, heads]
-        row, head = np.nonzero(more > 0)
-        count, head = more[row, head], heads[head]
-        pages = self.pool.alloc(int(count.sum()))
-        first = have[row, head] - (np.cumsum(count) - count)
-        column = np.repeat(first, count) + np.arange(len(pages))
-        self.table[np.repeat(row, count), np.repeat(head, count), column] = pages
+        if len(heads):
+            more = (need - have)[:, heads]
+            row, head = np.nonzero(more > 0)
+            count, head = more[row, head], heads[head]
+            pages = self.pool.alloc(int(count.sum()))
+            first = have[row, head] - (np.cumsum(count) - count)
+            column = np.repeat(first, count) + np.arange(len(pages))
+            self.table[np.repeat(row, count), np.repeat(head, count), column] = pages
         self._changed()
 
     def _grow_runs(self, have: np.ndarray, need: np.ndarray) -> None:
         """Extend the runs of the heads that keep everything, in place where the next pages are free."""
         full, batch = self.full_heads, self.batch_size
         part = self.table[:, full]
-        column = np.arange(part.shape[2])
-        broken = (np.diff(part, axis=2) != 1) & (
-            column[1:] < have[..., None]
-        )  # by copies made while others shared pages
-        if have.all() and not broken.any():
+        if have.all():
+            column = np.arange(part.shape[2])
+            broken = (np.diff(part, axis=2) != 1) & (
+                column[1:] < have[..., None]
+            )  # by copies made while others shared pages
             missing = (column >= have[..., None]) & (column < need[..., None])
             last = np.take_along_axis(part, have[..., None] - 1, axis=2)
             wanted = (last + 1 + column - have[..., None])[missing]
-            if self.pool.alloc_exact(wanted):
+            if not broken.any() and self.pool.alloc_exact(wanted):
                 part[missing] = wanted
                 self.table[:, full] = part
                 return
@@ -237,13 +238,16 @@ class LayerPages:
         pages = self.pool.alloc_runs(batch * len(full), longest, self._stride(longest))
         pages = pages.reshape(batch, len(full), longest)
         column = np.arange(longest)
-        self.pool.release(pages[column >= need[..., None]])  # rows of a ragged batch are not all that long
-        moved = (column < have[..., None]) & (part[:, :, :longest] > 0)
-        if moved.any():
+        surplus = column >= need[..., None]
+        if surplus.any():  # rows of a ragged batch are not all that long
+            self.pool.release(pages[surplus])
+        if have.any():
+            moved = (column < have[..., None]) & (part[:, :, :longest] > 0)
             self.pool.copy(part[:, :, :longest][moved], pages[moved])
             self.pool.release(part[:, :, :longest][moved])
+        pages[surplus] = 0
         part[:] = 0
-        part[:, :, :longest] = np.where(column < need[..., None], pages, 0)
+        part[:, :, :longest] = pages
         self.table[:, full] = part
 
     def _stride(self, pages: int) -> int:

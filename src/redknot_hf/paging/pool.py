@@ -25,6 +25,7 @@ from ..errors import PoolExhausted
 # an eighth of what the pool had.
 SPARE_TOKENS = 1024
 SPARE_SHARE = 8
+ONE = np.int32(1)  # of the counts' own type: with another one, `ufunc.at` takes 25 times as long
 
 
 def upload(values: np.ndarray, device: torch.device, dtype: type[np.generic] | None = None) -> torch.Tensor:
@@ -47,6 +48,14 @@ def _free_bytes(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.mem_get_info(device)[0]:,} are free"
     return "the host has less"
+
+
+def _no_room_to_grow(device: torch.device, old: int, new: int, size: int) -> PoolExhausted:
+    return PoolExhausted(
+        f"no memory on {device} to grow the page pool from {old} to {new} pages ({size:,} bytes, {_free_bytes(device)}): "
+        "use a profile with fewer global heads, a shorter context or a smaller batch, or reset() caches that are no longer "
+        "needed"
+    )
 
 
 class PoolCeiling:
@@ -144,6 +153,7 @@ class PagePool:
         dtype, device: of both slabs.
         capacity: number of usable pages if the pool must not grow; ``None`` for a pool that grows.
         ceiling: what the pool and others may take together.
+        room: usable pages that a pool which grows begins with: one that grew to them would be filled and copied.
 
     Attributes:
         k: ``[num_pages, page_size, key_dim]``; v: ``[num_pages, page_size, value_dim]``. The tensors are replaced when
@@ -165,10 +175,11 @@ class PagePool:
         device: torch.device,
         capacity: int | None = None,
         ceiling: PoolCeiling | None = None,
+        room: int = 0,
     ):
         self.page_size, self.capacity, self.ceiling = page_size, capacity, ceiling
         self.lock = threading.RLock()
-        rows = 1 + (capacity or 0)
+        rows = 1 + (room if capacity is None else capacity)
         size = rows * page_size * (key_dim + value_dim) * dtype.itemsize
         claim = contextlib.nullcontext() if ceiling is None else ceiling.beginning(self, size)
         try:
@@ -178,9 +189,12 @@ class PagePool:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
+            self.__dict__.pop("k", None)  # the error's traceback would hold on to half of it
+            if capacity is None and room:
+                raise _no_room_to_grow(device, 1, rows, size) from error
             raise PoolExhausted(
                 f"no memory on {device} for {rows} pages of fixed memory "
-                f"({rows * page_size * (key_dim + value_dim) * dtype.itemsize:,} bytes, {_free_bytes(device)}): use a "
+                f"({size:,} bytes, {_free_bytes(device)}): use a "
                 "smaller max_cache_len or batch, or a profile with fewer global heads"
             ) from error
         self.refs = np.zeros(rows, np.int32)
@@ -252,11 +266,7 @@ class PagePool:
                 if not _is_out_of_memory(error):
                     raise
                 if rows <= needed:
-                    raise PoolExhausted(
-                        f"no memory on {self.k.device} to grow the page pool from {self.num_pages} to {rows} pages "
-                        f"({rows * self.page_bytes:,} bytes, {_free_bytes(self.k.device)}): use a profile with fewer "
-                        "global heads, a shorter context or a smaller batch, or reset() caches that are no longer needed"
-                    ) from error
+                    raise _no_room_to_grow(self.k.device, self.num_pages, rows, rows * self.page_bytes) from error
             self.reserve(count, spare=0)  # what is needed may still fit
 
     def _grow(self, rows: int) -> None:
@@ -320,42 +330,48 @@ class PagePool:
             first = start + np.arange(runs)[:, None] * stride
             self._spare[first + np.arange(length, stride)] = True
             pages = first + np.arange(length)
-            return self._take(pages.astype(np.int32).ravel()).reshape(runs, length)
+            return self._take(pages.ravel()).reshape(runs, length)
 
     def _free_stretch(self, want: int) -> int | None:
-        closed = (self.refs != 0) | self._spare
-        edges = np.flatnonzero(np.diff(np.concatenate(([1], closed, [1])).astype(np.int8)))
+        closed = np.ones(self.num_pages + 2, bool)
+        closed[1:-1] = (self.refs != 0) | self._spare
+        edges = np.flatnonzero(closed[1:] != closed[:-1])
         starts, ends = edges[::2], edges[1::2]
         fitting = np.flatnonzero(ends - starts >= want)
         return int(starts[fitting[0]]) if len(fitting) else None
 
     def _take(self, pages: np.ndarray) -> np.ndarray:
-        dirty = pages[self._used[pages]]
+        index = pages.astype(np.int64)  # numpy would convert at each use
+        dirty = index[self._used[index]]
         if len(dirty):
-            index = upload(dirty.astype(np.int64), self.k.device)
-            self.k.index_fill_(0, index, 0)
-            self.v.index_fill_(0, index, 0)
-        self.refs[pages] = 1
-        self._used[pages] = True
-        self._spare[pages] = False
+            where = upload(dirty, self.k.device)
+            self.k.index_fill_(0, where, 0)
+            self.v.index_fill_(0, where, 0)
+        self.refs[index] = 1
+        self._used[index] = True
+        self._spare[index] = False
         return pages.astype(np.int32)
 
     # ------------------------------------------------------------------------------------------- share and free
     def share(self, pages: np.ndarray) -> None:
         """Add one reference for every entry of ``pages`` (entries may repeat; zeros are ignored)."""
         with self.lock:
-            np.add.at(self.refs, pages[pages > 0], 1)
+            np.add.at(self.refs, pages[pages > 0], ONE)
 
     def release(self, pages: np.ndarray) -> None:
         """Drop one reference for every entry of ``pages``; pages without references are free again."""
         with self.lock:
             pages = pages[pages > 0]
             self.releases += 1
-            np.subtract.at(self.refs, pages, 1)
+            np.subtract.at(self.refs, pages, ONE)
             behind = pages[self.refs[pages] == 0] + 1  # what was kept behind a run that is gone is anybody's
-            while len(behind := behind[behind < self.num_pages]) and len(behind := behind[self._spare[behind]]):
-                self._spare[behind] = False
-                behind = behind + 1
+            behind = behind[behind < self.num_pages]
+            behind = behind[self._spare[behind]]
+            if len(behind):
+                low = int(behind.min())
+                ends = np.append(np.flatnonzero(~self._spare[low:]) + low, self.num_pages)
+                for start, end in zip(behind, ends[np.searchsorted(ends, behind)], strict=True):
+                    self._spare[start:end] = False
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy whole pages, keys and values."""

@@ -15,6 +15,7 @@ out where they are placed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -51,11 +52,7 @@ class SegmentRows:
     ):
         self.upload = upload
         self.stacks, self.start, self.tier, self.nbytes = stacks, start, tier, nbytes
-        taken: dict[int, int] = {}
-        self.where: list[tuple[int, int]] = []
-        for group in groups:
-            self.where.append((group, taken.setdefault(group, 0)))
-            taken[group] += 1
+        self.where = _where(tuple(groups))
         self._tokens = next(iter(stacks.values())).shape[2]
 
     def __len__(self) -> int:
@@ -82,12 +79,27 @@ class SegmentRows:
 
     def shapes(self) -> list[tuple[int, int, int]]:
         """Per layer (kv_heads, key dim, value dim)."""
-        found = {}
-        for group, _ in self.where:
-            if group not in found:
-                k, v = self.stacks[f"k.{group}"], self.stacks[f"v.{group}"]
-                found[group] = (k.shape[1], k.shape[3], v.shape[3])
-        return [found[group] for group, _ in self.where]
+        return _shapes(self.stacks, [group for group, _ in self.where])
+
+
+@functools.lru_cache(maxsize=256)
+def _where(groups: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Of each layer its group and its place in that group; the same for every segment of a model."""
+    taken: dict[int, int] = {}
+    where = []
+    for group in groups:
+        where.append((group, taken.setdefault(group, 0)))
+        taken[group] += 1
+    return tuple(where)
+
+
+def _shapes(stacks: dict[str, torch.Tensor], groups: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Per layer (kv_heads, key dim, value dim)."""
+    found = {}
+    for group in set(groups):
+        k, v = stacks[f"k.{group}"].shape, stacks[f"v.{group}"].shape
+        found[group] = (k[1], k[3], v[3])
+    return [found[group] for group in groups]
 
 
 def pack(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], start: int) -> SegmentEntry:
@@ -175,6 +187,6 @@ def inspect(
             if entry.tensors[f"s.{group}"].shape != (*entry.tensors[f"k.{group}"].shape[:3], 2):
                 raise CorruptEntry(f"k.{group} and its scales do not agree")
     if not isinstance(shapes, int):
-        found_shapes = SegmentRows(entry.tensors, groups, start, "", 0).shapes()
+        found_shapes = _shapes(entry.tensors, groups)
         if found_shapes != list(shapes):
             raise CorruptEntry(f"its layers have (heads, dims) {found_shapes[0]}, the model has {shapes[0]}")

@@ -29,7 +29,7 @@ from ..paging import torch_attention
 from ..paging.pages import KEEP_ALL
 from ..paging.torch_attention import AttentionSpec
 
-__all__ = ["PAGE", "RowSet", "attend_rows", "attention_weights", "kinds"]
+__all__ = ["PAGE", "RowSet", "attend_rows", "attention_weights", "kinds", "packed_weights"]
 
 # Slots are padded to whole pages, so that the kernel can read linear storage as pages: as large as the blocks of keys
 # that it multiplies best with, whatever the size of the pages is that the storage lies in.
@@ -67,6 +67,7 @@ class RowSet:
         self.partial = partial if partial is not None and partial.any() else None
         self._masks: dict[tuple[int, int, int, int, torch.dtype | None], list[Block]] = {}
         self.uploaded: dict[tuple[torch.Size, bytes, bytes], tuple[torch.Tensor, ...]] = {}
+        self.unseen: dict[tuple[int, bytes, bytes, int], tuple[int, torch.Tensor | None]] = {}
 
     def __len__(self) -> int:
         return len(self.host)
@@ -222,36 +223,68 @@ def attention_weights(
     q: torch.Tensor, rows: RowSet, k: torch.Tensor, sink: np.ndarray, window: np.ndarray, spec: AttentionSpec
 ) -> torch.Tensor:
     """The probabilities that `attend_rows` uses, fp32 ``[batch, kv_heads, group, n, slots]``: for a few rows only."""
-    group = q.shape[1] // k.shape[1]
-    packed = (q * spec.scale).unflatten(1, (k.shape[1], group)).flatten(2, 3)
-    scores = (packed.to(k.dtype) @ k.transpose(2, 3)).float().unflatten(2, (group, -1))
+    return packed_weights(q, rows, k, sink, window, spec).unflatten(2, (-1, len(rows)))
+
+
+def packed_weights(
+    q: torch.Tensor, rows: RowSet, k: torch.Tensor, sink: np.ndarray, window: np.ndarray, spec: AttentionSpec
+) -> torch.Tensor:
+    """`attention_weights` with a group's query heads behind each other, fp32 ``[batch, kv_heads, group * n, slots]``.
+
+    The form in which they are computed and multiplied with the values. A pass over few rows is mostly the host's time,
+    so what is the same in every layer is made once for ``rows``, and nothing is converted twice.
+    """
+    batch, heads = k.shape[:2]
+    packed = (q * spec.scale).reshape(batch, heads, -1, q.shape[3])
+    scores = packed.to(k.dtype) @ k.transpose(2, 3)
     if spec.softcap:
-        scores = torch.tanh(scores / spec.softcap) * spec.softcap
-    query = rows.positions[:, None]
-    if (np.asarray(window) >= KEEP_ALL).all() and not spec.model_window:
-        behind = int(rows.host[0]) + 1  # everybody sees what lies before
-        unseen = torch.arange(behind, k.shape[2], device=k.device) > query
-        scores[..., behind:].masked_fill_(unseen, float("-inf"))
-    else:
-        key = torch.arange(k.shape[2], device=k.device)
-        causal = key <= query
-        if spec.model_window:
-            causal &= key > query - spec.model_window
-        s = torch.from_numpy(np.asarray(sink, np.int64)).to(k.device)[:, None, None]
-        w = torch.from_numpy(np.asarray(window, np.int64)).to(k.device)[:, None, None]
-        seen = causal & ((key < s) | (key > query - w))
-        scores.masked_fill_(~seen[None, :, None], float("-inf"))
+        scores = torch.tanh(scores.float() / spec.softcap) * spec.softcap
+    behind, unseen = _unseen(rows, k.shape[2], sink, window, spec.model_window)
+    if unseen is not None:
+        by_row = scores.unflatten(2, (-1, len(rows)))
+        (by_row[..., behind:] if behind else by_row).masked_fill_(unseen, float("-inf"))
     if spec.s_aux is not None:
-        extra = spec.s_aux.float().view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
-        return torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
-    return scores.softmax(-1)
+        extra = spec.s_aux.float().view(1, heads, -1, 1).expand(batch, -1, -1, len(rows)).reshape(batch, heads, -1, 1)
+        return torch.cat([scores.float(), extra], -1).softmax(-1)[..., :-1]
+    return scores.softmax(-1, dtype=torch.float32)
 
 
-def kinds(sink: np.ndarray, window: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Heads of equal sink and window."""
-    pairs = np.stack([sink, window], 1)
-    for kind in np.unique(pairs, axis=0):
-        yield int(kind[0]), int(kind[1]), np.flatnonzero((pairs == kind).all(1))
+def _unseen(
+    rows: RowSet, slots: int, sink: np.ndarray, window: np.ndarray, model_window: int
+) -> tuple[int, torch.Tensor | None]:
+    """What each row does not see of the slots from ``behind`` on, which is returned, too; everybody sees those before.
+
+    Bool ``[n, slots - behind]``, or ``[1, kv_heads, 1, n, slots]`` where heads differ; None if nothing is hidden.
+    """
+    sink, window = np.asarray(sink, np.int64), np.asarray(window, np.int64)
+    key = (slots, sink.tobytes(), window.tobytes(), model_window)
+    if key not in rows.unseen:
+        query = rows.positions[:, None]
+        if (window >= KEEP_ALL).all() and not model_window:
+            behind = min(int(rows.host[0]) + 1, slots)
+            hidden = torch.arange(behind, slots, device=rows.device) > query
+            rows.unseen[key] = behind, hidden if slots > int(rows.host[0]) + 1 else None
+        else:
+            at = torch.arange(slots, device=rows.device)
+            causal = at <= query
+            if model_window:
+                causal &= at > query - model_window
+            s, w = (torch.tensor(x, dtype=torch.int64, device=rows.device)[:, None, None] for x in (sink, window))
+            seen = causal & ((at < s) | (at > query - w))
+            rows.unseen[key] = 0, ~seen[None, :, None]
+    return rows.unseen[key]
+
+
+def kinds(sink: np.ndarray, window: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
+    """(sink, window, heads) of heads of equal sink and window, int64; remembered, as every layer asks for few answers."""
+    found = _kinds(np.asarray(sink, np.int64).tobytes(), np.asarray(window, np.int64).tobytes())
+    return [(s, w, heads.copy()) for s, w, heads in found]  # torch warns when it is given an array that is read-only
+
+
+@functools.lru_cache(maxsize=4096)
+def _kinds(sink: bytes, window: bytes) -> list[tuple[int, int, np.ndarray]]:
+    pairs = np.stack([np.frombuffer(sink, np.int64), np.frombuffer(window, np.int64)], 1)
+    return [(int(kind[0]), int(kind[1]), np.flatnonzero((pairs == kind).all(1))) for kind in np.unique(pairs, axis=0)]
 
 
 def _heads(x: torch.Tensor, heads: np.ndarray) -> torch.Tensor:

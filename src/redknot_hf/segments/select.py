@@ -28,7 +28,7 @@ import torch
 
 from ..errors import RedKnotError, shorten
 from ..paging.torch_attention import AttentionSpec
-from .rows import RowSet, attention_weights
+from .rows import RowSet, packed_weights
 from .splice import KeysComplete, Observer, SpliceCache, SpliceLayer, forward_rows, narrow_rows
 
 __all__ = [
@@ -158,12 +158,12 @@ class _Attention(Observer):
 
     def queries(self, layer: SpliceLayer, rows: RowSet, q: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
         assert layer.k is not None and layer.v is not None
-        weights = attention_weights(q, rows, layer.k[:, :, : self.length], layer.sink, layer.window, spec)
+        weights = packed_weights(q, rows, layer.k[:, :, : self.length], layer.sink, layer.window, spec)
         largest = math.isinf(self.power)
         if largest:
-            mass = weights[0].amax((0, 1, 2))
+            mass = weights[0].amax((0, 1))
         else:
-            mass = (weights[0] if self.power == 1 else weights[0] ** self.power).mean((0, 1, 2))
+            mass = (weights[0] if self.power == 1 else weights[0] ** self.power).mean((0, 1))
         if self.total is None:
             self.total = mass
         else:
@@ -172,8 +172,8 @@ class _Attention(Observer):
         if layer.index >= self.last < len(layer.cache.layers) - 1:
             raise KeysComplete
         values = layer.v[:, :, : self.length]
-        out = weights.to(values.dtype).flatten(2, 3) @ values  # [batch, kv_heads, group * n, dim]
-        return out.unflatten(2, (-1, len(rows))).flatten(1, 2).transpose(1, 2).to(q.dtype).contiguous()
+        out = weights.to(values.dtype) @ values  # [batch, kv_heads, group * n, dim]
+        return out.view(len(q), -1, len(rows), out.shape[3]).transpose(1, 2).to(q.dtype).contiguous()
 
     def result(self) -> np.ndarray:
         assert self.total is not None
@@ -318,11 +318,12 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _ranked(view: PromptView, values: np.ndarray) -> np.ndarray:
+    """The eligible positions that ``values`` names, the best first: all of them, or at least as many as are taken."""
     if values.dtype == bool and values.shape == (view.length,):
         return view.eligible[values[view.eligible]]
     if np.issubdtype(values.dtype, np.floating) and values.shape == (view.length,):
         scores = np.nan_to_num(values[view.eligible], nan=-np.inf)
-        return view.eligible[np.argsort(-scores, kind="stable")]
+        return view.eligible[_smallest(-scores, view.budget)]
     if np.issubdtype(values.dtype, np.integer) and values.ndim == 1:
         if values.size and not 0 <= values.min() <= values.max() < view.length:
             raise RedKnotError(f"the selector named position {int(values.max())} of a prompt of {view.length} tokens")
@@ -334,3 +335,15 @@ def _ranked(view: PromptView, values: np.ndarray) -> np.ndarray:
         "of shape "
         f"[{view.length}], or integer positions"
     )
+
+
+def _smallest(values: np.ndarray, count: int) -> np.ndarray:
+    """The first ``count`` of ``np.argsort(values, kind="stable")``, without sorting the others; no value is NaN."""
+    if count >= len(values):
+        return np.argsort(values, kind="stable")
+    if count <= 0:
+        return np.zeros(0, np.int64)
+    last = np.partition(values, count - 1)[count - 1]
+    below = np.flatnonzero(values < last)
+    equal = np.flatnonzero(values == last)[: count - len(below)]
+    return np.concatenate([below[np.argsort(values[below], kind="stable")], equal])

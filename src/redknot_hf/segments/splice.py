@@ -158,7 +158,7 @@ class SpliceLayer(CacheLayerMixin):
     def kinds(self) -> list[tuple[int, int, np.ndarray]]:
         """(sink, window, heads) of heads under one rule."""
         if self._kinds is None:
-            self._kinds = list(kinds(self.sink, self.window))
+            self._kinds = kinds(self.sink, self.window)
         return self._kinds
 
     def fill(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | slice) -> None:
