@@ -375,9 +375,10 @@ class HeadProfile:
         for l, row in enumerate(rows):
             for h, tokens in enumerate(row):
                 local = self.head_class[l][h] == "local"
-                name = f"{what}[{l}][{h}]" + (" of a local head" if local else "")
-                checked = integer(tokens, name, least if local else 0)
-                row[h] = checked if local else 0
+                lowest = least if local else 0
+                if type(tokens) is not int or not lowest <= tokens <= MAX_TOKENS:  # caches check every cell: few calls
+                    tokens = integer(tokens, f"{what}[{l}][{h}]" + (" of a local head" if local else ""), lowest)
+                row[h] = tokens if local else 0
         return rows
 
     def _validate_metadata(self) -> None:
