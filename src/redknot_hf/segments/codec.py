@@ -108,7 +108,7 @@ class PendingCheck:
         return sum(-(-view.nbytes // PIECE_BYTES) for view in before)
 
     def compare(self, leaves: Iterable[bytes]) -> None:
-        """Raises `CorruptEntry` unless these are the hashes of all pieces in their order."""
+        """Raises `CorruptEntry` unless these are the hashes of all pieces in their order; one may hold several of them."""
         if self.expected != _root(leaves):
             raise CorruptEntry("the tensor bytes do not match their checksum")
 

@@ -75,7 +75,7 @@ class Loader:
         self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._placed: dict[int, list[place_kernel.PlacedSegments]] = {}
         self._started: set[int] = set()
-        self._whole: set[int] = set()
+        self._whole: dict[int, int] = {}  # layers that got every row -> bytes
         cache.loader = self
 
     @property
@@ -109,8 +109,7 @@ class Loader:
         computed = rows.host if rows.partial is None else rows.host[~rows.partial]
         computed = computed[computed < self.total]
         if fresh and on_gpu and len(layer.kinds) == 1 and layer.kinds[0][1] >= KEEP_ALL and len(computed) < self.total:
-            self._whole.add(layer.index)  # the usual case; what follows comes to the same
-            self._bring_all(layer, on_gpu)
+            self._bring_all(layer, on_gpu)  # the usual case; what follows comes to the same
             return
         for sink, window, heads in layer.kinds:
             there = self._there.setdefault((layer.index, sink, window), np.zeros(self.total, bool))
@@ -128,7 +127,6 @@ class Loader:
             return
         share = sum(len(heads) * missing.mean() for heads, missing in wanted) / layer.k.shape[1]
         if fresh and (on_gpu or share > NEARLY_ALL):  # rows that the forward computes overwrite what is brought here
-            self._whole.add(layer.index)
             self._bring_all(layer, on_gpu)
             return
         if all((missing == wanted[0][1]).all() for _, missing in wanted[1:]):
@@ -136,6 +134,13 @@ class Loader:
             wanted = [(heads, wanted[0][1])]
         for heads, missing in wanted:
             self._bring(layer, heads, missing)
+
+    def forget(self, index: int) -> None:
+        """The layer ``index`` has lost what was brought: it is brought again when a forward reaches it."""
+        self.bytes_moved -= self._whole.pop(index, 0)
+        self._started.discard(index)
+        for key in [key for key in self._there if key[0] == index]:
+            del self._there[key]
 
     def finish(self) -> None:
         """Bring what no forward has asked for but decoding needs."""
@@ -159,7 +164,8 @@ class Loader:
         """Every row of every head."""
         assert layer.k is not None and layer.v is not None
         k_out, v_out = layer.k[0, :, : self.total], layer.v[0, :, : self.total]
-        self.bytes_moved += k_out.numel() * k_out.element_size() + v_out.numel() * v_out.element_size()
+        self._whole[layer.index] = k_out.numel() * k_out.element_size() + v_out.numel() * v_out.element_size()
+        self.bytes_moved += self._whole[layer.index]
         moved = self.moves and layer.index not in self.relocator.nope_layers
         own = moved and layer.index in self.relocator._own
         if on_gpu and not own:

@@ -126,7 +126,8 @@ class PromptView:
         if ("attention", last, power) not in self._found:
             watch = _Attention(self.length, last, power)
             positions = np.unique(np.concatenate([self.query, [self.length - 1]]))
-            self.run(positions, watch)
+            with self.cache.borrowing():
+                self.run(positions, watch)
             self._found["attention", last, power] = watch.result()
         return self._found["attention", last, power]
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -72,6 +72,16 @@ class Observer:
         return None
 
 
+class Brings(Protocol):
+    """What fills layers from storage."""
+
+    def __call__(self, layer: SpliceLayer, rows: RowSet) -> None:
+        """Called before a layer's rows overwrite and attend: brings what they will read."""
+
+    def forget(self, index: int) -> None:
+        """The layer ``index`` has lost what was brought."""
+
+
 class KeysComplete(Exception):
     """Ends a forward that has stored the keys and values that it was run for: nobody reads what would follow."""
 
@@ -82,6 +92,7 @@ class SpliceLayer(CacheLayerMixin):
     Attributes:
         k, v: ``[batch, kv_heads, slots, dim]``, zero where nothing is stored; None before the first use.
         in_place: they are views of the target's pages, which therefore need no copy in the end.
+        borrowed: they are memory that other layers use, too (`SpliceCache.borrowing`).
         sink, window: int ``[kv_heads]``, the rule of each head in this forward.
     """
 
@@ -94,7 +105,7 @@ class SpliceLayer(CacheLayerMixin):
         self._cache = weakref.ref(cache)
         self.index, self.model_window = index, model_window
         self.is_sliding = model_window is not None
-        self.in_place = False
+        self.in_place = self.borrowed = False
         self._kinds: list[tuple[int, int, np.ndarray]] | None = None
         self.k: torch.Tensor | None = None
         self.v: torch.Tensor | None = None
@@ -109,8 +120,10 @@ class SpliceLayer(CacheLayerMixin):
         """Take heads, dims, dtype and device from keys and values ``[batch, kv_heads, n, dim]``."""
         batch, heads = self.cache.batch, key_states.shape[1]
         self._geometry(heads)
-        views = self._pages_of_target(key_states, value_states)
-        self.in_place = views is not None
+        lent = self.cache.lend(self, key_states, value_states)
+        self.borrowed = lent is not None
+        views = lent or self._pages_of_target(key_states, value_states)
+        self.in_place = views is not None and not self.borrowed
         if views is None:
             views = (
                 key_states.new_zeros(batch, heads, self.cache.slots, key_states.shape[3]),
@@ -119,9 +132,14 @@ class SpliceLayer(CacheLayerMixin):
         self.k, self.v = views
         self.is_initialized = True
 
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether no head of the layer evicts."""
+        return self.model_window is None and bool((self.window >= KEEP_ALL).all())
+
     def _pages_of_target(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         step = self.cache.room(k.device)
-        if step is None or not (self.window >= KEEP_ALL).all() or self.model_window is not None:
+        if step is None or not self.keeps_everything:
             return None
         layer = self.cache.target.paged_layers[self.index]
         views = layer.lay_out(k, v, step)
@@ -135,8 +153,18 @@ class SpliceLayer(CacheLayerMixin):
             return None
         return views
 
+    def give_back(self) -> None:
+        """Be empty again, if the memory is borrowed."""
+        if self.borrowed:
+            self.reset()
+            if self.cache.loader is not None:
+                self.cache.loader.forget(self.index)
+
     def _leave_pages(self) -> None:
         """The layer turns out to have a window: its storage becomes its own."""
+        if self.borrowed:
+            assert self.k is not None and self.v is not None
+            self.k, self.v, self.borrowed = self.k.clone(), self.v.clone(), False
         if self.in_place:
             assert self.k is not None and self.v is not None
             self.k, self.v, self.in_place = self.k.clone(), self.v.clone(), False
@@ -263,7 +291,7 @@ class SpliceLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        self.k, self.v, self.is_initialized = None, None, False
+        self.k, self.v, self.is_initialized, self.borrowed = None, None, False, False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         raise CacheError("a SpliceCache builds one prompt; reorder the RedKnotCache it was handed over to")
@@ -283,7 +311,7 @@ class SpliceCache(Cache):
         observer: who looks on, or None.
         partial_heads: bool ``[layers][kv_heads]``, the heads that take the new keys of partial rows: at first those
             that the profile does not call local.
-        loader: called with (layer, rows) before a layer's rows overwrite and attend: brings what they will read.
+        loader: brings what rows will read.
         layout: the prompt's parts, known while its last forward runs: only that one may leave out FFN rows.
         skipped: FFN rows that `SparseFFN` left out.
 
@@ -306,7 +334,8 @@ class SpliceCache(Cache):
         self._room: dict[bool, Step] = {}
         self.rows: RowSet | None = None
         self.observer: Observer | None = None
-        self.loader: Callable[[SpliceLayer, RowSet], None] | None = None
+        self.loader: Brings | None = None
+        self._lent: dict[Any, tuple[torch.Tensor, torch.Tensor]] | None = None
         self.layout: Layout | None = None
         self.staged = self.consumed = self.skipped = 0
         classes = target.profile.head_class if target.profile is not None else [["global"] * 4096] * len(target.layers)
@@ -326,9 +355,39 @@ class SpliceCache(Cache):
             self._room[whole].resolve(None, np.zeros(self.batch, np.int64))
         return self._room[whole]
 
+    @contextlib.contextmanager
+    def borrowing(self) -> Iterator[None]:
+        """While inside, layers that hold nothing share one layer's memory, and they hold nothing again afterwards.
+
+        For a forward whose keys nobody reads later. A GPU copies stored rows twice in less time than the host takes to lay
+        out the pages of every layer, which it can do while the GPU is busy with what follows. Elsewhere, and for layers
+        that do not keep everything, nothing changes.
+        """
+        self._lent = {}
+        try:
+            yield
+        finally:
+            self._lent = None
+            for layer in self.layers:
+                layer.give_back()
+
+    def lend(self, layer: SpliceLayer, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Memory for keys and values like ``k`` and ``v``, or None: the layer takes its own."""
+        if self._lent is None or not _copies_cheaply(k.device) or self.loader is None or not layer.keeps_everything:
+            return None
+        like = (k.device, k.dtype, k.shape[1], k.shape[3], v.shape[3])
+        if like not in self._lent:
+            shape = (self.batch, k.shape[1], self.slots)
+            self._lent[like] = (k.new_zeros(*shape, k.shape[3]), v.new_zeros(*shape, v.shape[3]))
+        return self._lent[like]
+
     def hand_over(self, tokens: int) -> None:
         """Move the first ``tokens`` positions into the target; this cache is empty afterwards."""
         self.target.adopt(_given_away(self, tokens), tokens)
+
+
+def _copies_cheaply(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _share(row: list[str], target: RedKnotCache) -> list[str]:

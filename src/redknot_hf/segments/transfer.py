@@ -276,10 +276,11 @@ class Upload:
         event.synchronize()
         leaves = sha256_kernel.digests(found)
         self._checks_on_gpu.clear()
+        at = 0
         for number, check in checks.items():
-            count = sum(-(-view.nbytes // PIECE_BYTES) for view in check.views)
-            self._compare(number, check, leaves[:count])
-            leaves = leaves[count:]
+            size = 32 * sum(-(-view.nbytes // PIECE_BYTES) for view in check.views)
+            self._compare(number, check, [leaves[at : at + size]])
+            at += size
 
     def _hash_copies(self) -> None:
         """What the GPU could not hash: the bytes that are used, brought back."""
