@@ -59,6 +59,7 @@ from redknot_hf.segments.stores import SegmentStore
 
 MARK = "<<<documents>>>"
 QUESTIONS = 100  # in the sample
+POWERS = {"mean": 1, "sharp": 2, "fourth": 4, "largest": math.inf}  # of the attention in two thirds of the layers
 INSTRUCTION = "Answer the question with a few words, using the documents.\n\n"
 
 
@@ -112,11 +113,8 @@ def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]
         Variant("paper", PaperHeads(profile), ratios=(1.0,)),
         Variant("boundary_retrieval", BoundaryThenRetrieval(profile, 8)),
         Variant("ours", Blend()),
-        Variant("sharp", Blend(power=2)),
-        Variant("fourth", Blend(power=4)),
-        Variant("largest", Blend(power=math.inf)),
-        Variant("largest_all", Blend(share=1, power=math.inf)),
-        Variant("fourth_all", Blend(share=1, power=4)),
+        *(Variant(name, Blend(share=2 / 3, power=power)) for name, power in POWERS.items()),
+        Variant("largest_all", Blend(power=math.inf)),
         Variant("bfloat16", ratios=(1.0,), dtype="bfloat16"),  # the full prefill itself, in another precision
         Variant("full", ratios=(1.0,)),
     ]
