@@ -59,7 +59,7 @@ from redknot_hf.segments.stores import SegmentStore
 
 MARK = "<<<documents>>>"
 QUESTIONS = 100  # in the sample
-POWERS = {"mean": 1, "sharp": 2, "fourth": 4, "largest": math.inf}  # of the attention in two thirds of the layers
+POWERS = {"mean": 1, "sharp": 2, "largest": math.inf}  # of the attention; `Blend` itself takes the fourth
 INSTRUCTION = "Answer the question with a few words, using the documents.\n\n"
 
 
@@ -113,8 +113,9 @@ def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]
         Variant("paper", PaperHeads(profile), ratios=(1.0,)),
         Variant("boundary_retrieval", BoundaryThenRetrieval(profile, 8)),
         Variant("ours", Blend()),
-        *(Variant(name, Blend(share=2 / 3, power=power)) for name, power in POWERS.items()),
-        Variant("largest_all", Blend(power=math.inf)),
+        *(Variant(name, Blend(power=power)) for name, power in POWERS.items()),
+        Variant("ours_all", Blend(share=1)),
+        Variant("largest_all", Blend(share=1, power=math.inf)),
         Variant("bfloat16", ratios=(1.0,), dtype="bfloat16"),  # the full prefill itself, in another precision
         Variant("full", ratios=(1.0,)),
     ]
@@ -360,7 +361,7 @@ def draw(table: list[dict[str, Any]], path: Path, title: str) -> None:
     for ax, measure, label in zip(
         axes, ("kl", "agree"), ("KL at the gold answer, nats", "same greedy answer, share"), strict=True
     ):
-        for name in dict.fromkeys(line["variant"] for line in table):
+        for number, name in enumerate(dict.fromkeys(line["variant"] for line in table)):
             lines = sorted((line for line in table if line["variant"] == name), key=lambda line: line["work"])
             x = [line["work"] for line in lines]
             y = [line[measure] for line in lines]
@@ -368,7 +369,8 @@ def draw(table: list[dict[str, Any]], path: Path, title: str) -> None:
                 [max(0, line[measure] - line[measure + "_low"]) for line in lines],
                 [max(0, line[measure + "_high"] - line[measure]) for line in lines],
             ]
-            ax.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1, capsize=2, label=name)
+            color = plt.get_cmap("tab20")(number * 2 % 20 + number * 2 // 20 % 2)
+            ax.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1, capsize=2, label=name, color=color)
         ax.set_xlabel("rows x layers recomputed, share")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
