@@ -614,7 +614,7 @@ def along(model, ids, answer, cache) -> torch.Tensor:
         return model(fed, past_key_values=cache).logits[0].log_softmax(-1)
 
 
-def test_smollm2_same_text_at_ratio_one_and_small_drift_by_default(smollm2):
+def test_smollm2_same_text_at_ratio_one_and_small_drift_by_default(smollm2, monkeypatch):
     model, tokenizer = smollm2
     every = HeadProfile.all_global(model.config)
     header = "<|im_start|>user\nAnswer with a few words, using the documents.\n\n"
@@ -647,8 +647,14 @@ def test_smollm2_same_text_at_ratio_one_and_small_drift_by_default(smollm2):
         ):
             built = maker.build([TEXTS[i] for i in order] if maker is compact else segments, ASK, **options)
             assert ("int8" in built.account.reason) == (maker is compact)
+            if name == "default":
+                own = built["past_key_values"].fork()
             q = along(model, ids, answer, built["past_key_values"])
             drift.setdefault(name, []).append(float((p.exp() * (p - q)).sum(-1).mean()))
+    # a GPU lets the layers of the query's pass share their memory, and the prompt is the same
+    monkeypatch.setattr("redknot_hf.segments.splice._copies_cheaply", lambda device: True)
+    shared = prompt.build(segments, ASK)["past_key_values"]
+    assert all(torch.equal(a, b) for a, b in zip(contents(shared), contents(own), strict=True))
     mean = {name: float(np.mean(values)) for name, values in drift.items()}
     assert mean["default"] < 0.05, mean
     assert mean["default"] < 0.7 * mean["none"], mean
