@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 WORKERS = 16  # where they hash
 READERS = 8  # where they only read: more are no quicker, and take the interpreter's lock from who launches the forward
 BATCH = 4  # runs that a worker reads and sends together, to let the interpreter's lock go less often
-BUFFERS = 2  # batches of each worker: one is filled while the other is on its way
+# Batches of each worker: one is filled while the other is on its way. With eight workers that is 512 MB of page-locked
+# memory at most, which torch keeps for the next time; loads of few runs take less.
+BUFFERS = 2
 # Read and sent at a time, a multiple of PIECE_BYTES. Larger runs leave the interpreter's lock to the thread that launches
 # the forward, smaller ones bring the first layer sooner.
 RUN_BYTES = 8 << 20
