@@ -99,6 +99,12 @@ class BoundaryThenRetrieval:
         return answer, view.offsets() >= self.boundary, self.paper.heads
 
 
+def blend_of(text: str) -> Blend:
+    """``boundary:layer:attention:deviation[:share[:power]]``."""
+    boundary, layer, *rest = text.split(":")
+    return Blend(int(boundary), int(layer), *map(float, rest))
+
+
 def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]:
     known = [
         Variant("naive", alone=True, relocate=False, ratios=(0.0,)),
@@ -119,9 +125,7 @@ def variants_of(args: argparse.Namespace, profile: HeadProfile) -> list[Variant]
         Variant("bfloat16", ratios=(1.0,), dtype="bfloat16"),  # the full prefill itself, in another precision
         Variant("full", ratios=(1.0,)),
     ]
-    for text in args.blend or []:  # boundary:layer:attention:deviation[:share[:power]]
-        b, l, a, d, *rest = text.split(":")
-        known.append(Variant(f"blend {text}", Blend(int(b), int(l), float(a), float(d), *map(float, rest))))
+    known += [Variant(f"blend {text}", blend_of(text)) for text in args.blend or []]
     if not args.variants:
         return known
     by_name = {variant.name: variant for variant in known}

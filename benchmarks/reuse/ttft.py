@@ -38,12 +38,12 @@ from typing import Any
 
 import torch
 import transformers
+from quality import blend_of
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from redknot_hf import HeadProfile, RedKnotCache, __version__
 from redknot_hf.segments import sha256_kernel
 from redknot_hf.segments.prompt import DEFAULT_SELECTOR, SegmentedPrompt
-from redknot_hf.segments.select import Blend
 from redknot_hf.segments.stores import SegmentStore
 
 SHAPES = {
@@ -83,15 +83,6 @@ def load(args: argparse.Namespace) -> Any:
     with torch.device(args.device):
         config = LlamaConfig(**SHAPES[args.shape], eos_token_id=None, pad_token_id=0)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="redknot").eval()
-
-
-def selector_named(text: str) -> Any:
-    """A selector by its name, or `Blend` with its numbers."""
-    name, *numbers = text.split(":")
-    if not numbers:
-        return name
-    boundary, layer, *rest = numbers
-    return Blend(int(boundary), int(layer), *map(float, rest))
 
 
 def drop_page_cache(folder: Path) -> None:
@@ -239,10 +230,18 @@ def main() -> None:
         names = prompt.add_many(documents)
         prompt.build(names, query, 0.0, "boundary")
         for selector in args.selectors:
+            rule, _, numbers = selector.partition(":")
+            mine = blend_of(numbers) if numbers else rule
 
-            def reuse(prompt: Any = prompt, names: Any = names, selector: str = selector, name: str = kind) -> Any:
+            def reuse(
+                prompt: Any = prompt,
+                names: Any = names,
+                chosen: Any = mine,
+                selector: str = selector,
+                name: str = kind,
+            ) -> Any:
                 with by_threads() if name == "file-threads" else contextlib.nullcontext():
-                    built = prompt.build(names, query, args.ratio, selector_named(selector))
+                    built = prompt.build(names, query, args.ratio, chosen)
                 accounts[f"{name} {selector}"] = built.account
                 return model(ids[:, -1:], past_key_values=built["past_key_values"]).logits
 

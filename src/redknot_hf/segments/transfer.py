@@ -325,16 +325,14 @@ def _page_locked(size: int) -> torch.Tensor:
 def _cut(number: int, entry: SegmentEntry, name: str, target: torch.Tensor) -> list[_Run]:
     """The runs of a tensor; each begins with a piece of its checksum."""
     targets = target.view(-1).view(torch.uint8).split(RUN_BYTES)
-    sources: Sequence[np.ndarray | torch.Tensor | None] = [None] * len(targets)
-    file, offset = entry.source, 0
     tensor = entry.tensors[name]
-    if tensor.is_pinned():
-        file = None
-    if file is not None:
-        offset = file.offsets[name]
-    else:
+    pinned = tensor.is_pinned()
+    file = None if pinned else entry.source
+    offset = 0 if file is None else file.offsets[name]
+    sources: Sequence[np.ndarray | torch.Tensor | None] = [None] * len(targets)
+    if file is None:
         pieces = tensor.detach().contiguous().view(-1).view(torch.uint8).split(RUN_BYTES)
-        sources = pieces if tensor.is_pinned() else [piece.numpy() for piece in pieces]
+        sources = pieces if pinned else [piece.numpy() for piece in pieces]
     total = target.nbytes
     group = int(name.partition(".")[2])
     layers = [layer for layer, g in enumerate(entry.extra["groups"]) if g == group]
